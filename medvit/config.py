@@ -1,0 +1,246 @@
+"""Configuration: YAML plus key=value, checked into one typed, frozen record.
+
+Unknown keys are errors that name the nearest known key. Section names equal package names where there is one.
+Everything has a default, so that a config file says only what is particular; the run saves it as resolved.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from medvit.records import Preprocessing, UsageError
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class AugmentConfig(_Section):
+    """Training augmentation, in HU before windowing; 0 turns a part off."""
+
+    rotate_deg: float = Field(15.0, ge=0, le=45, description="rotation, uniform within plus or minus")
+    shift: float = Field(0.05, ge=0, le=0.3, description="shift, share of the picture's side")
+    zoom: float = Field(0.1, ge=0, le=0.5, description="zoom, uniform within 1 plus or minus")
+    noise_hu: float = Field(15.0, ge=0, description="largest standard deviation of added noise, HU")
+    blur_px: float = Field(0.7, ge=0, description="largest Gaussian blur, px: a softer kernel")
+    window_jitter: float = Field(
+        0.1, ge=0, lt=1, description="level moves by this share of the width; so does the width"
+    )
+    flip: bool = Field(False, description="left-right flips: never for lateralised findings")
+
+
+class DataConfig(_Section):
+    """Splits, caching and loading."""
+
+    folds: int = Field(0, ge=0, description="k: patient-grouped k-fold, predictions out of fold; 0: one held-out split")
+    test_fraction: float = Field(0.25, gt=0, lt=1, description="share of patients held out when folds is 0")
+    validation_fraction: float = Field(0.2, gt=0, lt=1, description="share of training patients for model selection")
+    holdout_sites: tuple[str, ...] = Field((), description="leave these sites out: they become the test split")
+    cache_dir: Path | None = Field(None, description="null: MEDVIT_CACHE, else inside the run. Holds pixels: PHI")
+    workers: int = Field(0, ge=0, description="loader processes; 0 loads in the training process")
+    augment: AugmentConfig = AugmentConfig()
+
+
+class ModelConfig(_Section):
+    """Backbone, pooling and head."""
+
+    name: str = Field("vit_small_patch14_dinov2.lvd142m", description="any timm model name")
+    weights: str = Field("hub", description="hub, none, or a local .safetensors file with timm's names")
+    features: Literal["cls_mean", "pooled"] = Field(
+        "cls_mean", description="cls_mean: CLS (if any) and mean patch token; pooled: timm's own pooling"
+    )
+    pooling: Literal["attention", "mean", "max"] = Field("attention", description="slices to study")
+    pooling_width: int = Field(64, gt=0, description="hidden width of the attention pooling")
+    dropout: float = Field(0.0, ge=0, lt=1, description="before the linear head")
+    drop_path: float = Field(0.0, ge=0, lt=1, description="stochastic depth of the backbone, linear in depth")
+
+
+class ObjectiveConfig(_Section):
+    """What is minimised."""
+
+    name: Literal["supervised"] = Field("supervised", description="cross-entropy")
+    class_weights: bool = Field(True, description="weigh classes by their inverse frequency in the training split")
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+
+
+class Stage(_Section):
+    """One stretch of training with its own optimizer (DESIGN decision 5)."""
+
+    name: str = "all"
+    epochs: int = Field(20, gt=0)
+    trainable: Literal["head", "all"] = Field("all", description="head: frozen backbone; all: everything")
+    lr: float = Field(3e-4, gt=0, description="peak learning rate of pooling and head")
+    backbone_lr: float | None = Field(None, gt=0, description="peak of the backbone; null: a tenth of lr")
+    weight_decay: float = Field(0.05, ge=0, description="not on biases, norms, tokens and position embedding")
+    warmup: float = Field(0.1, ge=0, lt=1, description="share of steps")
+    min_lr: float = Field(0.01, ge=0, le=1, description="end of the cosine, as a share of each group's own peak")
+
+
+class TrainingConfig(_Section):
+    """The loop."""
+
+    stages: tuple[Stage, ...] = Field((Stage(),), min_length=1)
+    batch_size: int = Field(8, gt=0, description="scans per step and device")
+    accumulate: int = Field(1, gt=0, description="steps whose gradients are averaged before the optimizer moves")
+    clip_norm: float = Field(1.0, gt=0, description="largest gradient norm")
+    precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = Field(
+        "auto", description="auto: 32-bit on a CPU without bf16 units, mixed on a GPU that has it"
+    )
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    threads: int = Field(0, ge=0, description="CPU threads; 0: all cores")
+    seed: int = Field(0, ge=0)
+
+
+class InferenceConfig(_Section):
+    """Prediction."""
+
+    batch_slices: int = Field(32, gt=0, description="slices through the backbone at once: the memory knob")
+
+
+class EvaluationConfig(_Section):
+    """Report."""
+
+    bootstrap: int = Field(2000, ge=100, description="patient-clustered bootstrap draws")
+    confidence: float = Field(0.95, gt=0.5, lt=1)
+    sensitivity: float | None = Field(
+        None, gt=0, lt=1, description="operating point: at least this sensitivity on validation; null: Youden's J"
+    )
+    min_cell: int = Field(10, ge=1, description="cells of the report with fewer patients are greyed")
+    tolerance: float = Field(0.1, gt=0, lt=1, description="largest acceptable equalized-odds difference")
+
+
+class Config(_Section):
+    """A whole run."""
+
+    preprocessing: Preprocessing = Preprocessing()
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    training: TrainingConfig = TrainingConfig()
+    inference: InferenceConfig = InferenceConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    @model_validator(mode="after")
+    def _folds_hold_out(self) -> Config:
+        if self.data.folds == 1:
+            raise ValueError("data.folds: 1 fold holds nothing out; give 0 (one held-out split) or 2 and more")
+        return self
+
+    def to_yaml(self) -> str:
+        """The config as resolved, every key present."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def shipped_configs() -> dict[str, Path]:
+    """Name -> file of the configs that come with medvit (inside the wheel, or beside the package in a checkout)."""
+    here = Path(__file__).resolve().parent
+    folder = next((d for d in (here / "configs", here.parent / "configs") if d.is_dir()), here / "configs")
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def load_config(source: str | Path | None = None, overrides: tuple[str, ...] | list[str] = ()) -> Config:
+    """Read a YAML file (or a shipped config by name), apply `section.key=value` overrides, and check the result.
+
+    Args:
+        source: path, or name of a shipped config; None is `baseline`.
+        overrides: `section.key=value`, the value in YAML; list items by index (`training.stages.0.lr=1e-4`).
+
+    Raises:
+        UsageError: no such file, no YAML, unknown key (with the nearest name), or a value out of range.
+    """
+    tree = _read_yaml(_find(source))
+    for override in overrides:
+        _apply(tree, override)
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise UsageError(_explain(error)) from None
+
+
+def _find(source: str | Path | None) -> Path:
+    path = Path(source if source is not None else "baseline")
+    shipped = shipped_configs()
+    if path.is_file():
+        return path
+    name = path.stem
+    if name in shipped and path.parent in (Path(), Path("configs")):
+        return shipped[name]
+    raise UsageError(f"config {str(source)!r}: no such file. Shipped configs: {', '.join(shipped)}.")
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"config {path.name}: not readable as YAML: {error}") from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise UsageError(
+            f"config {path.name}: expected sections ({', '.join(Config.model_fields)}), saw a {type(tree).__name__}."
+        )
+    return tree
+
+
+def _parse_value(text: str) -> Any:
+    value = yaml.safe_load(text)
+    if isinstance(value, str):  # YAML 1.1 reads 1e-3 as text: it wants a dot
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UsageError(f"{override!r}: expected section.key=value, for example training.batch_size=4.")
+    node: Any = tree
+    *parents, last = key.split(".")
+    try:
+        for part in parents:
+            node = node[int(part)] if isinstance(node, list) else node.setdefault(part, {})
+        node[int(last) if isinstance(node, list) else last] = _parse_value(text)
+    except (ValueError, IndexError, TypeError, AttributeError):
+        raise UsageError(f"{override!r}: there is no such place in the config.{_hint(key.split('.'))}") from None
+    except yaml.YAMLError as error:
+        raise UsageError(f"{override!r}: the value is not readable as YAML: {error}") from None
+
+
+def _explain(error: ValidationError) -> str:
+    lines = []
+    for item in error.errors():
+        where = [str(part) for part in item["loc"]]
+        if item["type"] == "extra_forbidden":
+            lines.append(f"unknown config key {'.'.join(where)!r}.{_hint(where)}")
+        else:
+            lines.append(f"config key {'.'.join(where) or 'config'!r}: {item['msg']} (saw {item['input']!r}).")
+    return "\n".join(dict.fromkeys(lines))
+
+
+def _known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
+    keys = []
+    for name, info in model.model_fields.items():
+        keys.append(prefix + name)
+        for candidate in (info.annotation, *getattr(info.annotation, "__args__", ())):
+            if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+                keys += _known_keys(candidate, f"{prefix}{name}.")
+    return keys
+
+
+def _hint(where: list[str]) -> str:
+    """Nearest known key: first below the same section, then by last name anywhere (a key in the wrong section)."""
+    path = ".".join(part for part in where if not part.isdigit())
+    known = _known_keys(Config)
+    near = difflib.get_close_matches(path, known, n=1, cutoff=0.6)
+    if not near:
+        leaf = path.rsplit(".", 1)[-1]
+        leaves = {key.rsplit(".", 1)[-1]: key for key in known}
+        near = [leaves[name] for name in difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.6)]
+    return f" Did you mean {near[0]!r}?" if near else f" Known sections: {', '.join(Config.model_fields)}."
