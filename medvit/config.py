@@ -43,7 +43,7 @@ class DataConfig(_Section):
     holdout_sites: tuple[str, ...] = Field((), description="leave these sites out: they become the test split")
     cache_dir: Path | None = Field(None, description="null: MEDVIT_CACHE, else inside the run. Holds pixels: PHI")
     workers: int = Field(0, ge=0, description="loader processes; 0 loads in the training process")
-    augment: AugmentConfig = AugmentConfig()
+    augment: AugmentConfig | None = Field(AugmentConfig(), description="null: none, and a frozen backbone is cached")
 
 
 class ModelConfig(_Section):

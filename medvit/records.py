@@ -121,7 +121,7 @@ REASONS: Mapping[ReasonCode, Reason] = MappingProxyType(
         _C.RESCALE_MISSING: Reason(_QUAR, "no RescaleSlope/Intercept: re-export, or --assume-hu if values are HU"),
         _C.RESCALE_INVALID: Reason(_QUAR, "RescaleSlope is zero, negative or no number: re-export from the scanner"),
         _C.RESCALE_UNITS: Reason(_QUAR, "values are not Hounsfield units (RescaleType): send the HU reconstruction"),
-        _C.PADDING_APPLIED: Reason(_FLAG, "padding outside the field of view was set to -1024 HU; nothing to do"),
+        _C.PADDING_APPLIED: Reason(Outcome.OK, "padding outside the field of view was set to -1024 HU; nothing to do"),
         _C.PIXELREP_CONFLICT: Reason(_QUAR, "sign or bit depth of header and pixels disagree: re-export uncompressed"),
         _C.MONO1: Reason(_FLAG, "MONOCHROME1 is display only; HU are unchanged; nothing to do"),
         _C.HU_IMPLAUSIBLE: Reason(_QUAR, "values cannot be CT (constant, or range too wide): look at the series"),
@@ -300,7 +300,7 @@ class Scan:
         return figure
 
 
-class Clahe(BaseModel):
+class ClaheSettings(BaseModel):
     """Contrast-limited adaptive histogram equalisation, applied to each window after in-plane resizing."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -319,7 +319,7 @@ class Preprocessing(BaseModel):
         min_length=1,
         description="HU windows, one channel each: preset names or [level, width]",
     )
-    clahe: Clahe | None = Field(None, description="null: off; {}: clip 2.0, 8x8 tiles")
+    clahe: ClaheSettings | None = Field(None, description="null: off; {}: clip 2.0, 8x8 tiles")
     size: int = Field(224, gt=0, description="rows and columns after resizing, px; a multiple of the model's patch")
     train_slices: int = Field(8, gt=0, description="slices per scan in training, drawn anew each epoch")
     predict_slices: int = Field(32, gt=0, description="at most this many slices per scan in prediction, evenly spaced")

@@ -1,0 +1,154 @@
+"""Where slices lie in the patient: order, spacing, affine. Array functions, no files.
+
+Everything follows from ImagePositionPatient projected on the slice normal (PS3.3 C.7.6.2.1.1). InstanceNumber, file
+names and SliceLocation are never used: real series have them shuffled, absent or wrong. The patient system is LPS, mm.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from medvit.records import ReasonCode, Scan, ScanError
+
+Floats = npt.NDArray[np.float64]
+
+ORTHONORMAL_TOLERANCE = 1e-3
+"""Largest deviation of ImageOrientationPatient from two orthogonal unit vectors: rounding in headers stays below."""
+
+SPACING_TOLERANCE = 0.01
+"""Largest deviation of a slice distance from the median, as its share: rounding in headers stays below."""
+
+SPACING_TOLERANCE_MM = 0.05
+"""The same in mm: positions written with one decimal are that far off."""
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Slices in order along their normal.
+
+    Attributes:
+        order: (Z,) indices that sort the given positions along the normal, ascending.
+        affine: (4, 4) voxel (x, y, z, 1) of the sorted stack -> patient LPS, mm.
+    """
+
+    order: npt.NDArray[np.intp]
+    affine: Floats
+
+
+def slice_normal(orientation: Floats) -> Floats:
+    """Unit normal (3,) of a slice from ImageOrientationPatient (6,): row direction × column direction.
+
+    Raises:
+        ScanError: `ORIENTATION_INVALID`: not two orthogonal unit vectors within `ORTHONORMAL_TOLERANCE`.
+    """
+    row, column = orientation[:3], orientation[3:]
+    deviation = max(abs(row @ row - 1), abs(column @ column - 1), abs(row @ column))
+    if not deviation <= ORTHONORMAL_TOLERANCE:  # NaN is invalid too
+        raise ScanError(
+            ReasonCode.ORIENTATION_INVALID, f"direction cosines are not orthonormal (off by {deviation:.3g})"
+        )
+    normal: Floats = np.cross(row, column)
+    return normal / np.linalg.norm(normal)
+
+
+def stack_slices(positions: Floats, orientation: Floats, spacing_mm: Floats, thickness_mm: float | None) -> Stack:
+    """Sort slices and build their affine, refusing what is no regular grid.
+
+    Args:
+        positions: (Z, 3) ImagePositionPatient, mm LPS.
+        orientation: (6,) ImageOrientationPatient, the same for all slices.
+        spacing_mm: (2,) PixelSpacing: distance between rows, distance between columns.
+        thickness_mm: slice spacing of a single slice; None counts as 1 mm.
+
+    Raises:
+        ScanError: `ORIENTATION_INVALID`, `DUP_POSITION`, `GANTRY_TILT`, `SLICE_MISSING` or `SPACING_NONUNIFORM`.
+    """
+    normal = slice_normal(orientation)
+    distance = positions @ normal
+    order = np.argsort(distance, kind="stable")
+    if len(order) == 1:
+        step = normal * (thickness_mm or 1.0)
+    else:
+        _check_spacing(distance[order])
+        step = (positions[order[-1]] - positions[order[0]]) / (len(order) - 1)
+        _check_line(positions[order], step, normal)
+    affine = np.eye(4)
+    # PS3.3 C.7.6.2.1.1: the row direction is along increasing column index, PixelSpacing[1] apart
+    affine[:3, 0] = orientation[:3] * spacing_mm[1]
+    affine[:3, 1] = orientation[3:] * spacing_mm[0]
+    affine[:3, 2] = step
+    affine[:3, 3] = positions[order[0]]
+    return Stack(order=order, affine=affine)
+
+
+def _check_spacing(distance: Floats) -> None:
+    gaps = np.diff(distance)
+    if (gaps < SPACING_TOLERANCE_MM).any():
+        same = int((gaps < SPACING_TOLERANCE_MM).sum())
+        raise ScanError(ReasonCode.DUP_POSITION, f"{same} of {len(distance)} slices repeat a position")
+    typical = float(np.median(gaps))
+    off = np.abs(gaps - typical) > max(SPACING_TOLERANCE * typical, SPACING_TOLERANCE_MM)
+    if not off.any():
+        return
+    multiples = gaps[off] / typical
+    whole = np.abs(multiples - np.round(multiples)) <= SPACING_TOLERANCE * np.round(multiples) + 1e-9
+    where = ", ".join(f"{distance[i]:.2f}..{distance[i + 1]:.2f}" for i in np.flatnonzero(off)[:3])
+    if (np.round(multiples) >= 2).all() and whole.all():
+        missing = int((np.round(multiples) - 1).sum())
+        raise ScanError(ReasonCode.SLICE_MISSING, f"{missing} missing at {typical:g} mm spacing, between {where} mm")
+    raise ScanError(
+        ReasonCode.SPACING_NONUNIFORM, f"distances from {gaps.min():.3f} to {gaps.max():.3f} mm, first at {where} mm"
+    )
+
+
+def _check_line(positions: Floats, step: Floats, normal: Floats) -> None:
+    """Origins must lie on one line along the normal: a constant in-plane drift is gantry tilt."""
+    ideal = positions[0] + np.arange(len(positions))[:, None] * step
+    if np.abs(positions - ideal).max() > max(SPACING_TOLERANCE_MM, SPACING_TOLERANCE * float(np.linalg.norm(step))):
+        raise ScanError(ReasonCode.SPACING_NONUNIFORM, "slice origins do not lie on one line")
+    along = float(step @ normal)
+    drift = float(np.linalg.norm(step - along * normal))
+    # over the whole stack: half a millimetre of shear is more than rounding
+    if drift * (len(positions) - 1) > max(0.5, SPACING_TOLERANCE * abs(along) * len(positions)):
+        angle = np.degrees(np.arctan2(drift, abs(along)))
+        raise ScanError(ReasonCode.GANTRY_TILT, f"slices are sheared by {angle:.1f} degrees")
+
+
+def reorient_lps(scan: Scan) -> Scan:
+    """The same voxels with x nearest to the patient's left, y to the back, z to the head; no resampling.
+
+    Oblique volumes get the nearest axis order; the affine keeps the obliquity.
+    """
+    order, signs = _nearest_axes(scan.affine)
+    # axes of hu are (Z, Y, X), columns of the affine are (x, y, z)
+    hu = np.transpose(scan.hu, [2 - order[2 - axis] for axis in range(3)])
+    affine = scan.affine.copy()
+    affine[:3, :3] = scan.affine[:3, order]
+    for axis, sign in enumerate(signs):
+        if sign < 0:
+            last = hu.shape[2 - axis] - 1
+            affine[:3, 3] += affine[:3, axis] * last
+            affine[:3, axis] *= -1
+            hu = np.flip(hu, 2 - axis)
+    return Scan(
+        hu=np.ascontiguousarray(hu),
+        affine=affine,
+        header=scan.header,
+        codes=scan.codes,
+        padding_fraction=scan.padding_fraction,
+        files=scan.files,
+    )
+
+
+def _nearest_axes(affine: Floats) -> tuple[list[int], list[float]]:
+    """For each patient axis L, P, S: the voxel axis nearest to it, and its sign. Largest cosines are taken first."""
+    cosines = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)  # (patient axis, voxel axis)
+    order, signs, free = [0, 0, 0], [0.0, 0.0, 0.0], np.abs(cosines)
+    for _ in range(3):
+        patient, voxel = np.unravel_index(int(free.argmax()), free.shape)
+        order[patient], signs[patient] = int(voxel), float(np.sign(cosines[patient, voxel]))
+        free[patient, :] = free[:, voxel] = -1
+    return order, signs
