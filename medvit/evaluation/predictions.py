@@ -1,0 +1,262 @@
+"""predictions.csv: read from anybody, checked; written for anybody.
+
+The contract is DESIGN section 4. Identifiers and class names are text ("0" and "1" stay text). Everything that was
+assumed or left out on the way is recorded in `frame.attrs["notes"]`, and the report prints it. Errors name data rows by
+number, never by identifier.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from medvit.evaluation.metrics import Bools, Floats
+from medvit.records import Prediction, UsageError
+
+OPTIONAL = ("fold", "threshold", "study_uid", "series_uid", "flags", "ood_score", "model_sha256")
+NUMBERS = ("age", "threshold", "ood_score")
+SUM_TOLERANCE = 0.01
+"""Probabilities may miss a sum of 1 by this much: people round to two decimals."""
+
+FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
+"""A spreadsheet would execute a cell that begins so (OWASP, CSV injection)."""
+
+AGE_EDGES = (0, 18, 40, 60, 80, 131)
+AGE_BANDS = ("0–17", "18–39", "40–59", "60–79", "80+")
+
+
+@dataclass(frozen=True)
+class OneVsRest:
+    """Labelled cases as binary questions: C = 1 (the last class) for two classes, else C = K.
+
+    Attributes:
+        names: C class names, the positive class of each question.
+        truth: (n, C) the case is of that class.
+        called: (n, C) the case was predicted to be.
+        score: (n, C) its probability.
+    """
+
+    names: tuple[str, ...]
+    truth: Bools
+    called: Bools
+    score: Floats
+
+
+def class_names(frame: pd.DataFrame) -> tuple[str, ...]:
+    """Classes in column order: the last of two is the positive one."""
+    return tuple(str(column)[2:] for column in frame.columns if str(column).startswith("p_"))
+
+
+def one_vs_rest(frame: pd.DataFrame) -> OneVsRest:
+    """The arrays that the figures are computed from, all in the frame's row order."""
+    classes = class_names(frame)
+    names = classes if len(classes) > 2 else classes[-1:]
+    label, predicted = frame["label"].to_numpy(dtype=object), frame["predicted"].to_numpy(dtype=object)
+    return OneVsRest(
+        names=names,
+        truth=np.stack([label == name for name in names], axis=1),
+        called=np.stack([predicted == name for name in names], axis=1),
+        score=frame[[f"p_{name}" for name in names]].to_numpy(dtype=np.float64),
+    )
+
+
+def age_band(age: pd.Series) -> pd.Series:
+    """Age in years -> "0–17", "18–39", "40–59", "60–79", "80+"; "" where missing or outside 0..130."""
+    return pd.cut(age, AGE_EDGES, right=False, labels=AGE_BANDS).astype(object).fillna("")
+
+
+def read_predictions(path: str | Path) -> pd.DataFrame:
+    """Read and check a predictions.csv.
+
+    Raises:
+        UsageError: the file cannot be read as a UTF-8 CSV, or `check_predictions` refuses it.
+    """
+    name = Path(path).name
+    try:
+        frame = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
+        raise UsageError(
+            f"{name}: not readable as a CSV ({type(error).__name__}). Give a comma-separated UTF-8 table with header."
+        ) from None
+    return check_predictions(frame, name)
+
+
+def check_predictions(frame: pd.DataFrame, name: str = "predictions") -> pd.DataFrame:
+    """A copy with every column the report needs, labelled rows only; notes in `attrs["notes"]`.
+
+    Args:
+        frame: columns of predictions.csv; `label` and `p_<class>` are required, the rest has a stated default.
+        name: of the source, for errors.
+
+    Raises:
+        UsageError: columns missing, labels that are no class, probabilities that are none, case_id repeated, no labels.
+    """
+    notes = list(frame.attrs.get("notes", ()))
+    frame = frame.rename(columns=lambda column: str(column).strip())
+    for column in frame.columns:
+        if not column.startswith("p_") and column not in NUMBERS:
+            frame[column] = frame[column].map(_read_cell).astype(object)
+    frame = _complement(frame)
+    _require_columns(frame, name)
+    labelled = frame["label"] != ""
+    if not labelled.any():
+        raise UsageError(f"{name}: none of {len(frame)} rows has a label; evaluation needs known labels. Fill `label`.")
+    if not labelled.all():
+        notes.append(f"{(~labelled).sum()} of {len(frame)} rows have no label and were set aside.")
+    frame = _check_probabilities(frame[labelled].copy(), name)
+    for column in NUMBERS:
+        if column in frame:
+            frame[column] = pd.to_numeric(frame[column], errors="coerce").astype(np.float64)
+    _check_classes(frame, "label", name)
+    notes += _fill_identifiers(frame, name)
+    notes += _fill_predicted(frame)
+    _check_classes(frame, "predicted", name)
+    frame = frame.reset_index(drop=True)
+    frame.attrs["notes"] = notes
+    return frame
+
+
+def write_predictions(predictions: Sequence[Prediction] | pd.DataFrame, path: str | Path) -> None:
+    """Write predictions.csv: contract column order, UTF-8, all or nothing; optional columns only where known.
+
+    Text that a spreadsheet would run as a formula gets a leading quote, which `read_predictions` takes off again.
+    """
+    if isinstance(predictions, pd.DataFrame):
+        frame = predictions.copy()
+    else:
+        frame = pd.DataFrame([prediction.to_row() for prediction in predictions])
+    for column in OPTIONAL:
+        if column in frame and frame[column].map(_read_cell).eq("").all():
+            frame = frame.drop(columns=column)
+    probabilities = [column for column in frame.columns if str(column).startswith("p_")]
+    known = ["case_id", "patient_id", "label", *probabilities, "predicted", "site", "sex", "age", *OPTIONAL]
+    order = [c for c in known if c in frame] + [c for c in frame.columns if c not in known]
+    if "fold" in frame:
+        frame["fold"] = frame["fold"].map(lambda fold: _read_cell(fold).removesuffix(".0"))
+    frame = frame[order].map(_safe_cell).rename(columns=_safe_cell)
+    _replace(Path(path), frame.to_csv(index=False, lineterminator="\n"))
+
+
+def _read_cell(value: object) -> str:
+    """Text of a cell, "" where missing; without the quote that keeps spreadsheets from running it."""
+    if value is None or value is pd.NA or value != value:  # noqa: PLR0124 - NaN is not itself
+        return ""
+    text = str(value)
+    if text.startswith("'") and text[1:].startswith(FORMULA_STARTS):
+        text = text[1:]
+    text = text.strip()
+    return "" if text in ("nan", "NaN") else text
+
+
+def _safe_cell(value: object) -> object:
+    return f"'{value}" if isinstance(value, str) and value.startswith(FORMULA_STARTS) else value
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write so that a reader sees the old file or the whole new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8", newline="") as file:
+            file.write(text)
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _complement(frame: pd.DataFrame) -> pd.DataFrame:
+    """Labels 0/1 with p_1 alone: p_0 is what is missing to 1."""
+    if class_names(frame) != ("1",):
+        return frame
+    frame.insert(0, "p_0", 1 - pd.to_numeric(frame["p_1"], errors="coerce"))
+    return frame
+
+
+def _require_columns(frame: pd.DataFrame, name: str) -> None:
+    classes = class_names(frame)
+    if "label" not in frame or len(classes) < 2:
+        seen = ", ".join(map(str, frame.columns)) or "nothing"
+        separator = " Is it separated by semicolons? Use commas." if ";" in seen else ""
+        raise UsageError(
+            f"{name}: needs a column `label` and one column `p_<class>` per class, two or more "
+            f"(or `p_1` alone with labels 0/1); saw {seen}.{separator}"
+        )
+
+
+def _check_probabilities(frame: pd.DataFrame, name: str) -> pd.DataFrame:
+    columns = [f"p_{c}" for c in class_names(frame)]
+    values = frame[columns].apply(pd.to_numeric, errors="coerce").astype(np.float64)
+    matrix = values.to_numpy()
+    bad = ~((matrix >= 0) & (matrix <= 1)).all(axis=1) | (np.abs(matrix.sum(axis=1) - 1) > SUM_TOLERANCE + 1e-9)
+    if bad.any():
+        first = bad.tolist().index(True)
+        raise UsageError(
+            f"{name}: {bad.sum()} rows where {', '.join(columns)} are not probabilities (each 0..1, sum 1), first in "
+            f"data row {frame.index[first] + 1}: {', '.join(map(str, matrix[first]))}. Apply a softmax, and rename p_ "
+            "columns that are something else."
+        )
+    frame[columns] = values
+    return frame
+
+
+def _check_classes(frame: pd.DataFrame, column: str, name: str) -> None:
+    classes = class_names(frame)
+    # pandas writes 0/1 beside missing values as 0.0/1.0
+    frame[column] = frame[column].map(lambda value: value if value in classes else value.removesuffix(".0"))
+    unknown = sorted(set(frame[column]) - set(classes))
+    if unknown:
+        raise UsageError(
+            f"{name}: `{column}` has {', '.join(map(repr, unknown[:5]))}, but the p_ columns name "
+            f"{', '.join(map(repr, classes))}. Make them the same text (case counts)."
+        )
+
+
+def _fill_identifiers(frame: pd.DataFrame, name: str) -> list[str]:
+    notes = []
+    rows = frame.index.astype(str)
+    if "case_id" not in frame:
+        frame["case_id"] = "row " + rows
+        notes.append("No case_id column: rows were numbered.")
+    twice = frame["case_id"].duplicated() & (frame["case_id"] != "")
+    if twice.any():
+        first = twice.tolist().index(True)
+        raise UsageError(
+            f"{name}: {twice.sum()} rows repeat a case_id, first in data row {frame.index[first] + 1}. "
+            "Give each case one row."
+        )
+    missing = (frame["patient_id"] == "") if "patient_id" in frame else pd.Series(True, index=frame.index)
+    if missing.any():
+        frame.loc[missing, "patient_id"] = "row " + rows[missing.to_numpy()]
+        notes.append(
+            f"{missing.sum()} of {len(frame)} cases have no patient_id: each counts as a patient of its own. "
+            "If patients have several cases, the intervals are too narrow."
+        )
+    return notes
+
+
+def _fill_predicted(frame: pd.DataFrame) -> list[str]:
+    classes = np.array(class_names(frame), dtype=object)
+    matrix = frame[[f"p_{c}" for c in classes]].to_numpy(dtype=np.float64)
+    threshold = frame["threshold"].to_numpy() if "threshold" in frame else np.full(len(frame), np.nan)
+    decided = ~np.isnan(threshold) & (len(classes) == 2)
+    at_threshold = classes[(matrix[:, -1] >= threshold).astype(int)]
+    derived = np.where(decided, at_threshold, classes[matrix.argmax(axis=1)])
+    given = frame["predicted"].to_numpy() != "" if "predicted" in frame else np.zeros(len(frame), dtype=bool)
+    contradicted = int((given & decided & (frame.get("predicted", "") != derived)).sum())
+    if not given.all():
+        frame.loc[~given, "predicted"] = derived[~given]
+    notes = []
+    if not (given | decided).all():
+        notes.append("No threshold was given: the most probable class was predicted (0.5 for two classes).")
+    if len(classes) == 2 and (given & ~decided).any():
+        notes.append("`predicted` was taken as given; the threshold behind it is not recorded.")
+    if contradicted:
+        notes.append(f"{contradicted} cases: `predicted` contradicts the threshold; `predicted` was used.")
+    return notes

@@ -1,0 +1,171 @@
+import numpy as np
+import pandas as pd
+import pytest
+
+from medvit.evaluation.predictions import (
+    age_band,
+    check_predictions,
+    class_names,
+    one_vs_rest,
+    read_predictions,
+    write_predictions,
+)
+from medvit.records import Prediction, UsageError
+
+GOOD = "case_id,patient_id,label,p_0,p_1,site\nc1,x,0,0.9,0.1,A\nc2,x,1,0.2,0.8,B\nc3,y,1,0.6,0.4,B\n"
+
+
+def read(tmp_path, text, encoding="utf-8"):
+    path = tmp_path / "predictions.csv"
+    path.write_bytes(text.encode(encoding))
+    return read_predictions(path)
+
+
+def test_identifiers_and_classes_stay_text(tmp_path):
+    frame = read(tmp_path, GOOD.replace("c1", "007"))
+    assert class_names(frame) == ("0", "1")
+    assert frame["case_id"][0] == "007"
+    assert list(frame["label"]) == ["0", "1", "1"]
+    assert list(frame["predicted"]) == ["0", "1", "0"]
+    assert any("No threshold" in note for note in frame.attrs["notes"])
+
+
+def test_positive_class_is_the_last_column(tmp_path):
+    view = one_vs_rest(read(tmp_path, GOOD))
+    assert view.names == ("1",)
+    assert view.truth[:, 0].tolist() == [False, True, True]
+    assert view.called[:, 0].tolist() == [False, True, False]
+    assert view.score[:, 0].tolist() == [0.1, 0.8, 0.4]
+
+
+def test_class_called_na_and_byte_order_mark(tmp_path):
+    frame = read(tmp_path, "label,p_NA,p_None\nNA,0.9,0.1\nNone,0.2,0.8\n", "utf-8-sig")
+    assert list(frame["label"]) == ["NA", "None"]
+
+
+def test_threshold_decides_unless_predicted_is_given(tmp_path):
+    frame = read(tmp_path, "label,p_0,p_1,threshold\n0,0.9,0.1,0.3\n1,0.6,0.4,0.3\n")
+    assert list(frame["predicted"]) == ["0", "1"]
+    frame = read(tmp_path, "label,p_0,p_1,threshold,predicted\n0,0.9,0.1,0.3,0\n1,0.6,0.4,0.3,0\n")
+    assert list(frame["predicted"]) == ["0", "0"]
+    assert any("1 cases" in note and "contradicts" in note for note in frame.attrs["notes"])
+
+
+def test_predicted_never_depends_on_labels(cohort):
+    frame = cohort()
+    shuffled = frame.assign(label=frame["label"].sample(frac=1, random_state=0).to_numpy())
+    assert (check_predictions(frame)["predicted"] == check_predictions(shuffled)["predicted"]).all()
+
+
+def test_unlabelled_rows_are_set_aside_and_counted(tmp_path):
+    frame = read(tmp_path, GOOD + "c4,z,,,,A\n")
+    assert len(frame) == 3
+    assert "1 of 4 rows have no label and were set aside." in frame.attrs["notes"]
+
+
+def test_without_patients_each_case_is_one_and_the_report_says_so(tmp_path):
+    frame = read(tmp_path, "label,p_0,p_1\n0,0.9,0.1\n1,0.2,0.8\n")
+    assert frame["patient_id"].nunique() == frame["case_id"].nunique() == 2
+    assert any("no patient_id" in note and "too narrow" in note for note in frame.attrs["notes"])
+
+
+def test_single_probability_is_complemented(tmp_path):
+    frame = read(tmp_path, "label,p_1\n0,0.1\n1.0,0.8\n")
+    assert class_names(frame) == ("0", "1")
+    assert frame["p_0"].tolist() == pytest.approx([0.9, 0.2])
+    assert list(frame["label"]) == ["0", "1"]
+
+
+@pytest.mark.parametrize(
+    ("text", "seen", "needed"),
+    [
+        ("", "not readable", "UTF-8"),
+        ("case_id,p_0,p_1\nc1,0.5,0.5\n", "saw case_id, p_0, p_1", "column `label`"),
+        ("label,score\n0,0.5\n", "saw label, score", "`p_<class>`"),
+        ("label;p_0;p_1\n0;0.5;0.5\n", "saw label;p_0;p_1", "Use commas"),
+        (GOOD.replace("c1,x,0", "c1,x,healthy"), "'healthy'", "'0', '1'"),
+        (GOOD.replace("0.9,0.1", "1.9,-0.9"), "data row 1", "sum 1"),
+        (GOOD.replace("0.2,0.8", "0.2,0.2"), "data row 2", "sum 1"),
+        (GOOD.replace("0.2,0.8", "0.2,high"), "data row 2", "softmax"),
+        (GOOD.replace("0.2,0.8", "0.2,"), "data row 2", "softmax"),
+        (GOOD.replace("c2", "c1"), "data row 2", "one row"),
+        ("label,p_0,p_1\n,0.5,0.5\n", "none of 1 rows", "Fill `label`"),
+        ("label,p_0,p_1\n", "none of 0 rows", "Fill `label`"),
+        ("label,p_0,p_1,predicted\n0,0.5,0.5,maybe\n", "`predicted` has 'maybe'", "same text"),
+    ],
+)
+def test_errors_say_what_was_seen_and_what_is_needed(tmp_path, text, seen, needed):
+    with pytest.raises(UsageError) as error:
+        read(tmp_path, text)
+    assert seen in str(error.value)
+    assert needed in str(error.value)
+
+
+def test_unreadable_files(tmp_path):
+    with pytest.raises(UsageError, match="FileNotFoundError"):
+        read_predictions(tmp_path / "absent.csv")
+    with pytest.raises(UsageError, match="UTF-8"):
+        read(tmp_path, GOOD.replace("A", "Zürich"), "latin-1")
+
+
+def test_errors_do_not_name_cases_or_patients(tmp_path):
+    with pytest.raises(UsageError) as error:
+        read(tmp_path, GOOD.replace("c2", "Mueller^Anna").replace("c3", "Mueller^Anna"))
+    assert "Mueller" not in str(error.value)
+
+
+def make_prediction(**changes):
+    values = {"case_id": "c1", "patient_id": "x", "probabilities": {"0": 0.25, "1": 0.75}, "label": "1"} | changes
+    return Prediction(**values)
+
+
+def test_written_predictions_are_read_back(tmp_path):
+    path = tmp_path / "deep" / "predictions.csv"
+    write_predictions([make_prediction(fold=0, site="Süd"), make_prediction(case_id="c2", age=63.0)], path)
+    header = path.read_text(encoding="utf-8").splitlines()[0]
+    assert header == "case_id,patient_id,label,p_0,p_1,predicted,site,sex,age,fold"
+    frame = read_predictions(path)
+    assert list(frame["site"]) == ["Süd", ""]
+    assert list(frame["fold"]) == ["0", ""]
+    assert np.isnan(frame["age"][0])
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_attributes_follow_the_contract_columns(tmp_path):
+    path = tmp_path / "predictions.csv"
+    frame = pd.DataFrame([make_prediction(threshold=0.4, attributes={"kernel": "B30f"}).to_row()])
+    write_predictions(frame[sorted(frame.columns)], path)
+    header = path.read_text(encoding="utf-8").splitlines()[0]
+    assert header == "case_id,patient_id,label,p_0,p_1,predicted,site,sex,age,threshold,kernel"
+
+
+def test_formulas_are_neutralised_and_restored(tmp_path):
+    path = tmp_path / "predictions.csv"
+    evil = "=HYPERLINK(1)"
+    write_predictions([make_prediction(site=evil, label="-1", probabilities={"0": 0.25, "-1": 0.75})], path)
+    text = path.read_text(encoding="utf-8")
+    assert f"'{evil}" in text
+    assert ",0.75," in text
+    frame = read_predictions(path)
+    assert frame["site"][0] == evil
+    assert frame["label"][0] == "-1"
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "predictions.csv"
+    write_predictions([make_prediction()], path)
+    before = path.read_bytes()
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("pathlib.Path.replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_predictions([make_prediction(case_id="other")], path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_age_bands():
+    ages = pd.Series([0, 17.9, 18, 59, 60, 80, 104, 131, -1, np.nan])
+    assert age_band(ages).tolist() == ["0–17", "0–17", "18–39", "40–59", "60–79", "80+", "80+", "", "", ""]

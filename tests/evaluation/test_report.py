@@ -1,0 +1,163 @@
+import json
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import sklearn.metrics
+
+from medvit.config import EvaluationConfig
+from medvit.evaluation.predictions import read_predictions, write_predictions
+from medvit.evaluation.report import write_report
+
+QUICK = EvaluationConfig(bootstrap=100)
+VOID = {"meta", "br", "link", "img", "hr", "input"}
+
+
+class Page(HTMLParser):
+    """Collects headings and addresses, and checks that tags close in order."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.headings, self.addresses, self.tags = [], [], [], set()
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
+        self.addresses += [value for key, value in attrs if key.split(":")[-1] in ("src", "href", "action", "data")]
+        if re.fullmatch("h[1-6]", tag):
+            self.headings.append(int(tag[1]))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        self.open.pop()
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def write(frame, tmp_path, **options):
+    report = write_report(frame, tmp_path, QUICK, **options)
+    return report, report.path.read_text(encoding="utf-8"), (tmp_path / "metrics.json").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="session")
+def whole(cohort, tmp_path_factory):
+    """One ordinary report, written once."""
+    frame = cohort()
+    return frame, *write(frame, tmp_path_factory.mktemp("report"), about={"Model": "tiny <vit>"})
+
+
+def test_report_is_self_contained(whole):
+    *_, html, _ = whole
+    page = Page(html)
+    assert page.open == []
+    assert all(address.startswith("#") for address in page.addresses)
+    assert not page.tags & {"script", "link", "img", "iframe", "object"}
+    assert not re.search(r"https?:|//\w|url\((?!#)|@import", html)
+
+
+def test_report_is_accessible(whole):
+    *_, html, _ = whole
+    page = Page(html)
+    assert '<html lang="en">' in html
+    assert page.headings[0] == 1
+    assert page.headings.count(1) == 1
+    assert html.count("<figcaption>") == html.count("<figure") == html.count("aria-label=") == 3
+
+
+def test_headline_numbers(whole):
+    frame, report, html, _ = whole
+    truth, score = frame["label"] == "bleed", frame["p_bleed"]
+    called = score >= 0.41
+    assert report.auroc.point == pytest.approx(sklearn.metrics.roc_auc_score(truth, score), abs=1e-12)
+    assert report.sensitivity.point == pytest.approx(called[truth].mean(), abs=1e-12)
+    assert report.specificity.point == pytest.approx((~called)[~truth].mean(), abs=1e-12)
+    assert report.auroc_within_folds.low < report.auroc.point < report.auroc_within_folds.high
+    assert report.thresholds == (0.41,)
+    assert (report.cases, report.patients) == (len(frame), frame["patient_id"].nunique())
+    assert report.confusion["bleed"]["bleed"] == (called & truth).sum()
+    assert f"{report.auroc.point:.2f}" in html
+    assert report.summary.startswith("The scores tell bleed from none better than chance")
+
+
+def test_json_has_the_numbers_of_the_report(whole):
+    _, report, _, text = whole
+    numbers = json.loads(text)
+    assert numbers["auroc"] == {"point": report.auroc.point, "low": report.auroc.low, "high": report.auroc.high}
+    assert [table["attribute"] for table in numbers["fairness"]] == ["site", "sex", "age_band"]
+    assert "path" not in numbers
+
+
+def test_patients_are_named_nowhere(whole):
+    frame, report, html, text = whole
+    for identifier in {"Mueller", "Anna", *frame["case_id"]}:
+        assert not re.search(rf"\b{identifier}\b", html + text + repr(report))
+
+
+def test_given_text_is_escaped(cohort, tmp_path):
+    evil = "<script>alert(1)</script>"
+    frame = cohort(60, sites=(evil, "$x_$"))
+    _, html, _ = write(frame.replace({"label": {"none": "<b>$no"}}).rename(columns={"p_none": "p_<b>$no"}), tmp_path)
+    assert "script" not in Page(html).tags
+    assert "&lt;script&gt;" in html
+
+
+def test_the_same_input_gives_the_same_bytes(cohort, tmp_path):
+    pages = [write(cohort(80), tmp_path / name)[1] for name in "ab"]
+    assert pages[0] == pages[1]
+
+
+def test_read_and_given_frames_give_the_same_report(cohort, tmp_path):
+    frame = cohort(80).round({"p_none": 6, "p_bleed": 6})
+    write_predictions(frame, tmp_path / "predictions.csv")
+    read, _, _ = write(read_predictions(tmp_path / "predictions.csv"), tmp_path / "a")
+    given, _, _ = write(frame, tmp_path / "b")
+    assert (read.auroc, read.fairness, read.summary) == (given.auroc, given.fairness, given.summary)
+
+
+def test_no_positives(cohort, tmp_path):
+    report, html, text = write(cohort(60).assign(label="none"), tmp_path)
+    assert np.isnan(report.auroc.point)
+    assert "AUROC is undefined" in report.summary
+    assert Page(html).open == []
+    assert json.loads(text)["auroc"]["point"] is None
+    assert "NaN" not in text
+
+
+def test_twenty_cases_claim_little(cohort, tmp_path):
+    report, html, _ = write(cohort(20), tmp_path)
+    assert {table.verdict for table in report.fairness} == {"cannot tell"}
+    assert "Groups with few patients" in html
+
+
+def test_chance_is_called_chance(cohort, tmp_path):
+    frame = cohort(80)
+    report, _, _ = write(frame.assign(label=frame["label"].sample(frac=1, random_state=3).to_numpy()), tmp_path)
+    assert report.summary.startswith("These cases do not show")
+
+
+def test_columns_that_are_absent_are_noted(cohort, tmp_path):
+    frame = cohort(80).drop(columns=["sex", "age", "fold", "patient_id", "threshold"])
+    report, html, _ = write(frame, tmp_path)
+    assert [table.attribute for table in report.fairness] == ["site"]
+    assert report.auroc_within_folds is None
+    for part in ("No column `sex`", "no patient_id", "No threshold was given"):
+        assert part in html.replace("&#39;", "'")
+
+
+def test_three_classes(three_classes, tmp_path):
+    report, html, _ = write(three_classes(), tmp_path)
+    assert report.positive == ("none", "benign", "malign")
+    assert len(report.fairness) == 3
+    assert "each against the rest" in html
+    assert Page(html).open == []
+
+
+def test_confounding_is_named(cohort, tmp_path):
+    frame = cohort(200)
+    frame.loc[frame["site"] == "North", "label"] = "bleed"
+    _, html, _ = write(frame, tmp_path)
+    assert "Confounding by site." in html
