@@ -51,6 +51,9 @@ class ModelConfig(_Section):
 
     name: str = Field("vit_small_patch14_dinov2.lvd142m", description="any timm model name")
     weights: str = Field("hub", description="hub, none, or a local .safetensors file with timm's names")
+    options: dict[str, int | float | bool] = Field(
+        {}, description="further arguments of the timm model, for example {depth: 4, patch_size: 8}"
+    )
     features: Literal["cls_mean", "pooled"] = Field(
         "cls_mean", description="cls_mean: CLS (if any) and mean patch token; pooled: timm's own pooling"
     )
@@ -87,6 +90,11 @@ class TrainingConfig(_Section):
     stages: tuple[Stage, ...] = Field((Stage(),), min_length=1)
     batch_size: int = Field(8, gt=0, description="scans per step and device")
     accumulate: int = Field(1, gt=0, description="steps whose gradients are averaged before the optimizer moves")
+    select: Literal["best", "last"] = Field(
+        "best",
+        description="best: the epoch with the highest validation AUROC; last: for a convex head on few validation "
+        "patients, where choosing an epoch adds noise",
+    )
     clip_norm: float = Field(1.0, gt=0, description="largest gradient norm")
     precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = Field(
         "auto", description="auto: 32-bit on a CPU without bf16 units, mixed on a GPU that has it"

@@ -248,6 +248,17 @@ class ScanHeader:
     description: str = ""
     slice_thickness_mm: float | None = None
 
+    def acquisition(self) -> dict[str, str]:
+        """How it was scanned, as text, without identity."""
+        thickness = "" if self.slice_thickness_mm is None else f"{self.slice_thickness_mm:g}"
+        return {
+            "body_part": self.body_part,
+            "kernel": self.kernel,
+            "manufacturer": self.manufacturer,
+            "contrast": self.contrast,
+            "slice_thickness_mm": thickness,
+        }
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Scan:
@@ -356,6 +367,7 @@ class Case:
         group: cases of one group never sit on both sides of a split (patient, or identical pixels).
         files: of the series, as in the inventory, relative to `root`.
         label: class name; None is unlabelled.
+        acquisition: kernel, body part and so on, as far as the header tells.
         attributes: further columns of the labels table, for the report.
     """
 
@@ -373,6 +385,7 @@ class Case:
     study_uid: str = ""
     series_uid: str = ""
     codes: tuple[ReasonCode, ...] = ()
+    acquisition: Mapping[str, str] = field(default_factory=dict)
     attributes: Mapping[str, str] = field(default_factory=dict)
 
 

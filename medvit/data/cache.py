@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -208,6 +208,7 @@ def collate(samples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
     }
 
 
-def epoch_order(count: int, seed: int, epoch: int) -> Iterator[int]:
+def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
     """A shuffle of 0..count-1 that depends only on seed and epoch."""
-    return iter(draw(seed, epoch).permutation(count).tolist())
+    order: list[int] = draw(seed, epoch).permutation(count).tolist()
+    return order

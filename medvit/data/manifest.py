@@ -269,6 +269,7 @@ def _case(row: Mapping[str, str], columns: Mapping[str, str], unit: _Unit, label
         study_uid=unit.series.study_uid,
         series_uid=unit.series.uid,
         codes=unit.series.codes if len(unit.files) > 1 else (),
+        acquisition=header.acquisition(),
         attributes={columns[name]: value for name, value in given.items() if name not in taken},
     )
 

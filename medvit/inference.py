@@ -1,0 +1,166 @@
+"""A trained model at work: scans -> Predictions. The one prediction path of validation, evaluation and deployment.
+
+What a report says about a model holds for what is deployed because both come through `Model.predict_slices`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from medvit.data.pipelines import Slices, choose_slices, prediction_transform, prepare_slices
+from medvit.data.pseudonym import pseudonym
+from medvit.models.bundle import BundleInfo, open_bundle
+from medvit.models.classifier import CtClassifier
+from medvit.records import Case, Prediction, Preprocessing, Scan
+
+Floats = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Slices -> features of the backbone, in chunks, exactly as in prediction.
+
+    Attributes:
+        classifier: its backbone is used.
+        preprocessing: windows and slice rule.
+        mean: per channel; `std` too.
+        batch_slices: slices through the backbone at once.
+    """
+
+    classifier: CtClassifier
+    preprocessing: Preprocessing
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    batch_slices: int = 32
+
+    def encode(self, slices: Slices) -> Floats:
+        """int16 HU (S, size, size) -> features (S, D)."""
+        transform = prediction_transform(self.preprocessing, self.mean, self.std)
+        device = next(self.classifier.parameters()).device
+        was_training = self.classifier.training
+        self.classifier.eval()
+        chunks: list[Tensor] = []
+        with torch.inference_mode():
+            for start in range(0, len(slices), self.batch_slices):
+                values = torch.as_tensor(transform(np.array(slices[start : start + self.batch_slices], np.float32)))
+                chunks.append(self.classifier.backbone(values.as_subclass(Tensor).to(device)).float().cpu())
+        self.classifier.train(was_training)
+        return torch.cat(chunks).numpy()
+
+    def study(self, features: Floats) -> tuple[Floats, Floats]:
+        """Features (S, D) of the chosen slices -> logits (K,), slice weights (S,)."""
+        device = next(self.classifier.parameters()).device
+        was_training = self.classifier.training
+        self.classifier.eval()
+        with torch.inference_mode():
+            values = torch.from_numpy(np.array(features, np.float32))[None].to(device)
+            output = self.classifier(values, torch.ones(values.shape[:2], dtype=torch.bool, device=device))
+        self.classifier.train(was_training)
+        return output.logits[0].float().cpu().numpy(), output.weights[0].float().cpu().numpy()
+
+    def choose(self, count: int) -> npt.NDArray[np.intp]:
+        """Which of `count` slices a prediction looks at."""
+        return choose_slices(count, self.preprocessing.predict_slices)
+
+
+def softmax(logits: Floats, temperature: float = 1.0) -> Floats:
+    """(K,) logits -> probabilities."""
+    scaled = logits.astype(np.float64) / temperature
+    powers = np.exp(scaled - scaled.max())
+    return np.asarray(powers / powers.sum(), np.float32)
+
+
+@dataclass(frozen=True)
+class Model:
+    """A bundle ready to predict. See `load_bundle`."""
+
+    encoder: Encoder
+    info: BundleInfo
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """As trained."""
+        return self.info.preprocessing
+
+    def predict(self, scans: Iterable[Scan]) -> list[Prediction]:
+        """One prediction per scan; identifiers are hashed under the site's key."""
+        return [self.predict_slices(prepare_slices(scan, self.preprocessing), case_of(scan)) for scan in scans]
+
+    def features(self, scans: Iterable[Scan]) -> list[Floats]:
+        """Backbone features (S, D) of the slices that a prediction looks at, one array per scan."""
+        prepared = (prepare_slices(scan, self.preprocessing) for scan in scans)
+        return [self.encoder.encode(slices[self.encoder.choose(len(slices))]) for slices in prepared]
+
+    def predict_slices(self, slices: Slices, case: Case) -> Prediction:
+        """Predict a case from its prepared slices, int16 HU (Z, size, size)."""
+        chosen = self.encoder.choose(len(slices))
+        logits, weights = self.encoder.study(self.encoder.encode(slices[chosen]))
+        return self.prediction(case, logits, chosen, weights)
+
+    def prediction(self, case: Case, logits: Floats, chosen: npt.NDArray[np.intp], weights: Floats) -> Prediction:
+        """The record of one case from its logits (K,) and slice weights (S,)."""
+        probabilities = softmax(logits, self.info.temperature)
+        return Prediction(
+            case_id=case.case_id,
+            patient_id=case.patient_id,
+            probabilities=dict(zip(self.info.classes, probabilities.tolist(), strict=True)),
+            label=case.label,
+            site=case.site,
+            sex=case.sex,
+            age=case.age,
+            threshold=self.info.threshold,
+            study_uid=case.study_uid,
+            series_uid=case.series_uid,
+            flags=tuple(str(code) for code in case.codes),
+            slice_weights=tuple(zip(chosen.tolist(), weights.tolist(), strict=True)),
+            model_sha256=self.info.weights_sha256,
+            attributes=case.attributes,
+        )
+
+
+def load_bundle(path: str | Path, *, batch_slices: int = 32, device: str | torch.device = "cpu") -> Model:
+    """Load a trained model from a run or bundle folder.
+
+    Args:
+        path: output of medvit-train, or its `bundle` folder.
+        batch_slices: slices through the backbone at once: the memory knob.
+        device: where to compute.
+
+    Raises:
+        UsageError: missing, damaged, or written by a newer medvit.
+    """
+    classifier, info = open_bundle(Path(path))
+    classifier.to(device)
+    return Model(Encoder(classifier, info.preprocessing, info.mean, info.std, batch_slices), info)
+
+
+def case_of(scan: Scan) -> Case:
+    """The unlabelled case of a scan that was read outside a manifest."""
+    header = scan.header
+    patient = pseudonym("patient", header.patient_id or header.study_uid or "\0".join(scan.files))
+    return Case(
+        case_id=pseudonym("case", header.series_uid or "\0".join(scan.files)),
+        patient_id=patient,
+        group=patient,
+        root="",
+        files=scan.files,
+        site=header.site,
+        site_source=header.site_source,
+        sex=header.sex,
+        age=header.age,
+        study_uid=header.study_uid,
+        series_uid=header.series_uid,
+        codes=scan.codes,
+    )
+
+
+def with_operating_point(predictions: Sequence[Prediction], threshold: float | None) -> list[Prediction]:
+    """The same predictions decided at another threshold."""
+    return [replace(prediction, threshold=threshold) for prediction in predictions]
