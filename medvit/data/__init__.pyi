@@ -1,3 +1,12 @@
 from . import intensity as intensity
+from .cache import Failure as Failure
+from .cache import SliceCache as SliceCache
+from .cache import default_cache_dir as default_cache_dir
 from .manifest import Manifest as Manifest
 from .manifest import build_manifest as build_manifest
+from .manifest import unlabelled_cases as unlabelled_cases
+from .pseudonym import pseudonym as pseudonym
+from .pseudonym import site_key_path as site_key_path
+from .splits import Fold as Fold
+from .splits import group_cases as group_cases
+from .splits import make_folds as make_folds

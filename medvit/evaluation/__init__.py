@@ -8,3 +8,7 @@ negatives of one group; a rate of an empty cell is NaN, never 0. *Equalized odds
 rates are equal in all groups (`medvit.evaluation.fairness`). `write_report` in `medvit.evaluation.report` puts all of
 it on one page.
 """
+
+import lazy_loader as _lazy
+
+__getattr__, __dir__, __all__ = _lazy.attach_stub(__name__, __file__)

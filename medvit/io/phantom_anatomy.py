@@ -36,6 +36,12 @@ FINDING_MM = (-82.0, 28.0, 0.0)
 FINDING_JITTER_MM = 5.0
 """Half width of the uniform jitter of the finding along x, y and z."""
 
+FINDING_HU, FAINT_FINDING_HU, HAZE_HU = (400.0, 700.0), (40.0, 160.0), (0.0, 100.0)
+"""Density added to the lung, uniform between: by the finding, by a faint one, and by haze in those who have neither."""
+
+FAINT_SHARE = 0.2
+"""Share of findings that are faint and overlap with haze: what keeps every model from being perfect."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class SitePhysics:
@@ -179,8 +185,8 @@ def render(
     depth = slices or round(COVERAGE_MM / site.slice_thickness_mm)
     fine = round(site.slice_thickness_mm / SUBSLICE_MM)
     pixel_mm = FIELD_OF_VIEW_MM / matrix
-    in_plane: Volume = (np.arange(matrix) - (matrix - 1) / 2) * pixel_mm
-    z: Volume = (np.arange(depth * fine) - (depth * fine - 1) / 2) * SUBSLICE_MM + FINDING_MM[2]
+    in_plane = centred(matrix, pixel_mm)
+    z = centred(depth * fine, SUBSLICE_MM) + FINDING_MM[2]
 
     truth = draw_anatomy(patient, (in_plane[None, None, :], in_plane[None, :, None], z[:, None, None]))
     thick = truth.reshape(depth, fine, matrix, matrix).mean(axis=1)
@@ -189,6 +195,12 @@ def render(
     affine = np.diag([pixel_mm, pixel_mm, site.slice_thickness_mm, 1.0])
     affine[:3, 3] = in_plane[0], in_plane[0], z[:fine].mean()
     return hu.astype(np.float32), affine
+
+
+def centred(n: int, spacing_mm: float) -> Volume:
+    """Positions of `n` voxel centres about 0, mm."""
+    positions: Volume = np.arange(n, dtype=np.float64)
+    return (positions - (n - 1) / 2) * spacing_mm
 
 
 def acquire(truth: Volume, site: SitePhysics, rng: np.random.Generator) -> Volume:
@@ -242,12 +254,15 @@ def vessels(rng: np.random.Generator) -> Iterator[tuple[Volume, Volume, float]]:
 
 
 def paint_finding(hu: Volume, at: Grid, patient: PhantomPatient) -> None:
-    """A ground-glass nodule, 24-32 mm across and longer head to feet, at the place of a patient who has the finding."""
+    """Add a ground-glass opacity, 26-36 mm across and longer head to feet, at the patient's place for it.
+
+    Everybody has some haze there (blood pools in the dependent lung), and some findings are hardly denser.
+    """
     rng = np.random.default_rng([patient.seed, 2])
-    radius, value = rng.uniform(12, 16), rng.normal(-400, 60)
-    axes = rng.uniform(0.85, 1.15, 3) * radius * (1, 1, 1.6)
-    if patient.finding:
-        paint(hu, ellipsoid(at, patient.finding_mm, axes), value, edge_mm=8.0)
+    axes = rng.uniform(13, 18) * rng.uniform(0.85, 1.15, 3) * (1, 1, 1.8)
+    finding_hu = FAINT_FINDING_HU if rng.random() < FAINT_SHARE else FINDING_HU
+    density = rng.uniform(*(finding_hu if patient.finding else HAZE_HU))
+    hu += density * coverage(ellipsoid(at, patient.finding_mm, axes), edge_mm=8.0)
 
 
 def texture(shape: tuple[int, ...], rng: np.random.Generator) -> Volume:
@@ -277,7 +292,12 @@ def paint_tube(hu: Volume, at: Grid, start: Volume, end: Volume, radius_mm: floa
     paint(hu[tuple(reversed(box))], distance, value)
 
 
-def paint(hu: Volume, distance_mm: Volume, value: float, edge_mm: float = 4.0) -> None:
-    """Fill `hu` in place where `distance_mm` is negative; old and new values mix across `edge_mm` (partial volume)."""
-    inside = np.clip(0.5 - distance_mm / edge_mm, 0, 1)
-    hu += (value - hu) * inside
+def paint(hu: Volume, distance_mm: Volume, value: float) -> None:
+    """Fill `hu` in place with `value` where `distance_mm` to a surface is negative."""
+    hu += (value - hu) * coverage(distance_mm)
+
+
+def coverage(distance_mm: Volume, edge_mm: float = 4.0) -> Volume:
+    """Share of each voxel (0..1) inside a surface at a signed distance: partial volume, over `edge_mm`."""
+    share: Volume = np.clip(0.5 - distance_mm / edge_mm, 0, 1)
+    return share

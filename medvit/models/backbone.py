@@ -6,6 +6,7 @@ log line (DINOv2 weights "load" into a plain ViT without their LayerScale), here
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import sys
 from dataclasses import dataclass
@@ -50,7 +51,9 @@ class Backbone(nn.Module):
         has_tokens = hasattr(model, "pos_embed") and hasattr(model, "blocks")
         self.features = features if has_tokens else "pooled"
         self.has_cls = getattr(model, "cls_token", None) is not None
-        width = int(self.model.num_features)
+        # a pooled head may widen (MobileNetV3), tokens never do
+        pooled = getattr(model, "head_hidden_size", model.num_features)
+        width = int(model.num_features if self.features == "cls_mean" else pooled)
         self.width = 2 * width if self.features == "cls_mean" and self.has_cls else width
 
     def tokens(self, slices: Tensor) -> Tensor:
@@ -103,9 +106,9 @@ def normalisation(backbone: Backbone, channels: int) -> tuple[tuple[float, ...],
 
 def _create(config: ModelConfig, size: int, channels: int) -> Any:
     options: dict[str, Any] = dict(config.options)
-    if size_is_fixed(config.name):
-        options["img_size"] = size
     try:
+        if size_is_fixed(config.name):
+            options["img_size"] = size
         return timm.create_model(
             config.name,
             pretrained=False,
@@ -115,7 +118,7 @@ def _create(config: ModelConfig, size: int, channels: int) -> Any:
             **options,
         )
     except (RuntimeError, TypeError, AssertionError, ValueError) as error:
-        near = ", ".join(timm.list_models(f"*{config.name.split('.')[0][:12]}*")[:5])
+        near = ", ".join(difflib.get_close_matches(config.name.split(".")[0], timm.list_models()))
         hint = f" Similar names: {near}." if near and "Unknown model" in str(error) else ""
         raise UsageError(f"model.name {config.name!r}: timm cannot build it ({error}).{hint}") from None
 

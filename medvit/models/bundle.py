@@ -7,6 +7,7 @@ operating point. A bundle that was changed in transit does not load.
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -36,7 +37,7 @@ class BundleInfo(BaseModel):
     """Contents of bundle.json.
 
     `mean` and `std` are per channel as applied; `threshold` is on the last of two classes; `provenance` is free text
-    about the run, without identity; `weights_sha256` is of model.safetensors.
+    about the run, without identity; `weights_sha256` is of model.safetensors, `info_sha256` of everything else here.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -52,6 +53,7 @@ class BundleInfo(BaseModel):
     training_range: TrainingRange = TrainingRange()
     provenance: dict[str, str] = {}
     weights_sha256: str = ""
+    info_sha256: str = ""
 
 
 def find_bundle(path: Path) -> Path:
@@ -70,13 +72,14 @@ def find_bundle(path: Path) -> Path:
 
 
 def save_bundle(folder: Path, classifier: CtClassifier, info: BundleInfo) -> BundleInfo:
-    """Write weights, then the JSON that makes them a bundle; returns the info with the hash filled in."""
+    """Write weights, then the JSON that makes them a bundle; returns the info with the hashes filled in."""
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in classifier.state_dict().items()}
     part = folder / f"{WEIGHTS_FILE}.part"
     save_file(weights, part)
     part.replace(folder / WEIGHTS_FILE)
     complete = info.model_copy(update={"weights_sha256": _sha256(folder / WEIGHTS_FILE)})
+    complete = complete.model_copy(update={"info_sha256": _info_sha256(complete.model_dump_json())})
     part = folder / f"{MANIFEST_FILE}.part"
     part.write_text(complete.model_dump_json(indent=2), encoding="utf-8")
     part.replace(folder / MANIFEST_FILE)
@@ -91,7 +94,8 @@ def open_bundle(path: Path) -> tuple[CtClassifier, BundleInfo]:
     """
     folder = find_bundle(path)
     try:
-        info = BundleInfo.model_validate_json((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
+        text = (folder / MANIFEST_FILE).read_text(encoding="utf-8")
+        info = BundleInfo.model_validate_json(text)
     except (ValidationError, UnicodeDecodeError) as error:
         raise UsageError(
             f"{folder / MANIFEST_FILE}: not a bundle of schema {SCHEMA_VERSION} ({error.__class__.__name__}). Was it "
@@ -99,6 +103,8 @@ def open_bundle(path: Path) -> tuple[CtClassifier, BundleInfo]:
         ) from None
     if info.schema_version != SCHEMA_VERSION:
         raise UsageError(f"{folder}: schema {info.schema_version}, this medvit reads {SCHEMA_VERSION}. Update medvit.")
+    if _info_sha256(text) != info.info_sha256:
+        raise UsageError(f"{folder / MANIFEST_FILE}: changed since it was written. Copy the bundle again.")
     weights = folder / WEIGHTS_FILE
     if not weights.is_file() or _sha256(weights) != info.weights_sha256:
         raise UsageError(f"{weights}: missing, or not the file that {MANIFEST_FILE} describes. Copy the bundle again.")
@@ -109,6 +115,13 @@ def open_bundle(path: Path) -> tuple[CtClassifier, BundleInfo]:
     classifier.load_state_dict(load_file(weights))
     classifier.eval()
     return classifier, info
+
+
+def _info_sha256(text: str) -> str:
+    """Hash of the fields as written, whatever their order and spacing, without the hash itself."""
+    fields = json.loads(text)
+    fields.pop("info_sha256", None)
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,7 +20,7 @@ import torch
 
 from medvit import __version__
 from medvit.config import Config
-from medvit.data.cache import CaseDataset, FeatureCache, SliceCache
+from medvit.data.cache import CaseDataset, FeatureCache, SliceCache, collate
 from medvit.data.pipelines import training_transform
 from medvit.data.splits import Fold, Indices
 from medvit.inference import Encoder, Model, with_operating_point
@@ -98,7 +99,10 @@ class Experiment:
 
     def run(self, folds: Sequence[Fold]) -> Result:
         """Train, predict held-out cases, write the bundle."""
-        done = [self.run_fold(fold, number) for number, fold in enumerate(folds)]
+        done = []
+        for number, fold in enumerate(folds):
+            done.append(self.run_fold(fold, number))
+            self._write_metrics([history for _, history, _ in done])
         predictions = [prediction for found, _, _ in done for prediction in found]
         histories = tuple(history for _, history, _ in done)
         if len(folds) == 1:
@@ -136,6 +140,25 @@ class Experiment:
         run = replace(self._run_settings(self.folder / "checkpoints" / "refit"), stop_after=epochs)
         fit(objective, dataset, self.config.training, dict, run)
         return model
+
+    def _write_metrics(self, histories: Sequence[History]) -> None:
+        with (self.folder / "metrics.jsonl").open("w", encoding="utf-8") as stream:
+            for number, history in enumerate(histories):
+                stream.writelines(json.dumps({"fold": number, **row}) + "\n" for row in history.rows)
+
+    def time_step(self, train: Indices) -> float:
+        """Seconds of one training step on the first batch, after one to warm up."""
+        model = self._model()
+        objective = self._objective(model.encoder.classifier, train)
+        stage = self.config.training.stages[-1]
+        objective.classifier.freeze_backbone(stage.trainable == "head")
+        dataset = self._dataset(model.encoder, train[: self.config.training.batch_size])
+        took = 0.0
+        for _ in range(2):
+            began = time.perf_counter()
+            objective(collate([dataset[index] for index in range(len(dataset))]), 0.0)["loss"].backward()
+            took = time.perf_counter() - began
+        return took
 
     def _run_settings(self, folder: Path) -> Run:
         return Run(

@@ -1,0 +1,107 @@
+"""medvit-evaluate: the report of a run, of a model on another labelled folder, or of anybody's predictions.
+
+Writes report.html (one file, no links) and metrics.json: AUROC with patient-clustered intervals, the operating point,
+calibration, and sensitivity, specificity and equalized odds per site, sex and age.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+
+import pandas as pd
+
+import medvit
+from medvit import data, evaluation
+from medvit.cli.console import Display, Parser, command, tables
+from medvit.cli.study import add_label_arguments, prepare, set_aside
+from medvit.config import load_config
+from medvit.records import EXIT_DONE, EXIT_QUARANTINE, EXIT_REFUSED, UsageError
+
+EPILOG = """
+examples:
+  medvit-evaluate runs/first --output report
+  medvit-evaluate runs/first /exports/other-site --labels labels.csv --output report-other-site
+  medvit-evaluate --predictions predictions.csv --output report --gate
+
+predictions.csv needs label and p_<class> columns; case_id, patient_id, site, sex, age and threshold make it better.
+"""
+
+
+def parser() -> Parser:
+    """The arguments."""
+    result = Parser("evaluate", __doc__ or "", EPILOG)
+    result.add_argument("run", metavar="RUN", nargs="?", type=Path, help="output folder of medvit-train, or a bundle")
+    add_label_arguments(result, optional=True)
+    result.add_argument("--predictions", metavar="CSV", type=Path, help="predictions to judge instead of a run")
+    result.add_argument("--output", metavar="DIR", type=Path, required=True, help="where the report goes")
+    result.add_argument("--gate", action="store_true", help="exit code 4 where a fairness tolerance is not met")
+    return result
+
+
+@command
+def main(argv: list[str] | None = None) -> int:
+    """Run the command."""
+    arguments = parser().parse_intermixed_args(argv)
+    if (arguments.run is None) == (arguments.predictions is None):
+        raise UsageError("give either RUN or --predictions CSV (see -h).")
+    status = EXIT_DONE
+    about: dict[str, str] = {}
+    if arguments.predictions is not None:
+        frame = evaluation.read_predictions(arguments.predictions)
+    elif arguments.folder is None:
+        frame = evaluation.read_predictions(arguments.run / "predictions.csv")
+    else:
+        frame, about, status = predict_labelled(arguments)
+    run_config = (arguments.run or Path()) / "config.yaml"
+    config = load_config(run_config if arguments.run is not None and run_config.is_file() else None)
+    report = evaluation.write_report(frame, arguments.output, config.evaluation, about)
+    show_report(report)
+    if arguments.gate and any(table.verdict == "not met" for table in report.fairness):
+        return EXIT_REFUSED
+    return status
+
+
+def predict_labelled(arguments: argparse.Namespace) -> tuple[pd.DataFrame, dict[str, str], int]:
+    """Predictions of a model on a labelled folder, written to predictions.csv beside the report."""
+    model = medvit.load_bundle(arguments.run)
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    with Display() as display, tempfile.TemporaryDirectory(dir=arguments.output, prefix=".cache-") as scratch:
+        study = prepare(arguments, data.default_cache_dir(Path(scratch)), model.preprocessing, display)
+        unknown = sorted({str(case.label) for case in study.cases} - set(model.info.classes))
+        if unknown:
+            raise UsageError(f"labels {', '.join(unknown)} are none of the model's: {', '.join(model.info.classes)}.")
+        display.start("predicting", len(study.cases))
+        predictions = []
+        for case in study.cases:
+            predictions.append(model.predict_slices(study.cache.load(case), case))
+            display.step()
+    path = arguments.output / "predictions.csv"
+    evaluation.write_predictions(predictions, path)
+    about = {
+        "Model": model.info.architecture.name,
+        "Cases": f"{len(study.cases)} labelled, not seen in training if so chosen",
+    }
+    return evaluation.read_predictions(path), about, EXIT_QUARANTINE if set_aside(study) else EXIT_DONE
+
+
+def show_report(report: evaluation.Report) -> None:
+    """The main figures of a report as plain lines, and where it is."""
+    percent = f"{100 * report.confidence:g} %"
+    lines = [f"AUROC        {report.auroc}  ({percent} interval, {report.patients} patients, {report.cases} cases)"]
+    if report.auroc_within_folds is not None:
+        lines.append(f"within fold  {report.auroc_within_folds}")
+    lines += [f"sensitivity  {report.sensitivity}", f"specificity  {report.specificity}"]
+    for table in report.fairness:
+        name = table.attribute.replace("_", " ")
+        for group in table.groups:
+            lines.append(f"  {name} {group.name}: AUROC {group.auroc}, {group.patients} patients, {group.cases} cases")
+        lines.append(
+            f"  {name}: equalized-odds difference {table.equalized_odds}: {table.verdict}; "
+            f"{name} alone predicts the label with AUROC {table.auroc_alone}"
+        )
+    lines.append(f"report       {report.path}")
+    console = tables()
+    for line in lines:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -1,0 +1,119 @@
+"""A labelled folder made ready: scanned, joined with its labels, decoded into the cache, and shown to the person.
+
+Shared by medvit-train and medvit-evaluate.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.table import Table
+
+from medvit import data, io
+from medvit.cli.console import Display
+from medvit.records import REASONS, Case, Outcome, Preprocessing, UsageError
+
+
+@dataclass(frozen=True)
+class Study:
+    """A folder made ready for training: labelled cases, their cache, and what was set aside."""
+
+    inventory: io.Inventory
+    manifest: data.Manifest
+    cases: tuple[Case, ...]
+    cache: data.SliceCache
+    failures: tuple[data.Failure, ...]
+
+
+def add_label_arguments(result: argparse.ArgumentParser, *, optional: bool = False) -> None:
+    """Arguments that name a labelled folder."""
+    count = "?" if optional else None
+    result.add_argument("folder", metavar="FOLDER", nargs=count, help="DICOM or NIfTI, searched with all subfolders")
+    result.add_argument("--labels", metavar="CSV", type=Path, help="table of labels, see below")
+    result.add_argument("--label-column", default="label", metavar="COLUMN", help="its class column (default: label)")
+    result.add_argument("--site-column", metavar="COLUMN", help="its site column (default: site, else DICOM headers)")
+    result.add_argument("--assume-hu", action="store_true", help="take values without rescale tags for HU, flagged")
+
+
+def prepare(arguments: argparse.Namespace, cache_dir: Path, preprocessing: Preprocessing, display: Display) -> Study:
+    """Scan, join labels, decode into the cache.
+
+    Raises:
+        UsageError: folder, labels or classes do not allow training.
+    """
+    if arguments.labels is None:
+        raise UsageError("--labels is missing: training needs a CSV with a key column and a label column (see -h).")
+    display.start("reading headers", 0)
+    inventory = io.scan_folder(arguments.folder, assume_hu=arguments.assume_hu, progress=lambda _: display.step())
+    if not inventory.series:
+        raise UsageError(f"{arguments.folder}: no CT among {len(inventory.files)} files. Run medvit-inspect on it.")
+    manifest = data.build_manifest(
+        inventory, arguments.labels, label_column=arguments.label_column, site_column=arguments.site_column
+    )
+    cache = data.SliceCache(cache_dir, preprocessing, assume_hu=arguments.assume_hu)
+    labelled = [case for case in manifest.cases if case.label is not None]
+    display.start("decoding", len(labelled))
+    hashes, failures = cache.build(labelled, display.step)
+    cases = data.group_cases([case for case in labelled if case.case_id in hashes], hashes)
+    if len({case.label for case in cases}) < len(manifest.classes):
+        raise UsageError(f"after reading, not every class is left: {len(failures)} cases failed. Run medvit-inspect.")
+    return Study(inventory, manifest, cases, cache, tuple(failures))
+
+
+def set_aside(study: Study) -> bool:
+    """Whether input was quarantined or rejected."""
+    bad = (Outcome.QUARANTINE, Outcome.REJECT)
+    return bool(study.failures) or any(entry.outcome in bad for entry in study.inventory.files)
+
+
+def show_study(study: Study, folds: Sequence[data.Fold], display: Display) -> None:
+    """Cases, what was left out, class by site, and the splits."""
+    manifest, cases = study.manifest, study.cases
+    patients = len({case.patient_id for case in cases})
+    groups = len({case.group for case in cases})
+    say = display.say
+    say(f"{len(cases)} labelled cases of {patients} patients ({groups} groups that stay together), by {manifest.key}")
+    unlabelled = sum(case.label is None for case in manifest.cases)
+    notes = {
+        "rows of the table match no file": len(manifest.unmatched_rows),
+        "usable scans have no row": manifest.without_row,
+        "cases have no label": unlabelled,
+        "series were not selected (another of the study was)": len(manifest.not_selected),
+    }
+    for what, count in notes.items():
+        if count:
+            say(f"  {count} {what}")
+    if manifest.unmatched_rows:
+        say(f"  lines without a file: {', '.join(map(str, manifest.unmatched_rows[:20]))}")
+    for failure in study.failures:
+        say(f"  set aside {failure.case.case_id}: {failure.error.code} {failure.error.detail}")
+    for code, count in Counter(e.code for e in study.inventory.files if e.code is not None).items():
+        say(f"  {count} files {code}: {REASONS[code].remedy}")
+    display.console.print(_class_by_site(study))
+    for number, fold in enumerate(folds):
+        sizes = ", ".join(
+            f"{len(part)} {name}" for name, part in zip(("train", "val", "test"), fold_parts(fold), strict=True)
+        )
+        say(f"fold {number + 1}: {sizes}" if len(folds) > 1 else f"split: {sizes}")
+
+
+def fold_parts(fold: data.Fold) -> tuple[Sequence[int], Sequence[int], Sequence[int]]:
+    """(train, val, test) indices."""
+    return fold.train.tolist(), fold.val.tolist(), fold.test.tolist()
+
+
+def _class_by_site(study: Study) -> Table:
+    classes = study.manifest.classes
+    sources = ", ".join(sorted({case.site_source for case in study.cases if case.site_source}))
+    table = Table(title=f"cases by site ({sources or 'no site known'}) and label", title_justify="left")
+    table.add_column("site")
+    for name in classes:
+        table.add_column(name, justify="right")
+    counts = Counter((case.site, case.label) for case in study.cases)
+    for site in sorted({case.site for case in study.cases}):
+        table.add_row(site or "(not given)", *(str(counts[site, name]) for name in classes))
+    return table

@@ -1,0 +1,169 @@
+"""medvit-train: train a classifier on a CT folder and a table of labels, judge it on patients it never saw.
+
+Reads the folder, joins the labels, splits by patient, trains, predicts the held-out patients once, and writes RUN:
+config.yaml, cases.csv, metrics.jsonl, TensorBoard events, checkpoints/, bundle/ (the model), predictions.csv, report/.
+"""
+
+from __future__ import annotations
+
+import csv
+import time
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+
+from medvit import data, evaluation, training
+from medvit.cli.console import Display, Parser, command
+from medvit.cli.evaluate import show_report
+from medvit.cli.study import Study, add_label_arguments, fold_parts, prepare, set_aside, show_study
+from medvit.config import Config, load_config, shipped_configs
+from medvit.records import EXIT_DONE, EXIT_QUARANTINE, Case, UsageError
+
+EPILOG = f"""
+labels: a CSV with one key column (the first present of path, sop_uid, series_uid, study_uid, patient_id), the label
+column, and optionally site, sex, age, split (train/val/test) and further columns for the report. path and sop_uid make
+each file a case of its own. An empty label means unlabelled.
+
+configs that come with medvit (a name is enough): {", ".join(shipped_configs())}
+
+examples:
+  medvit-train /exports/ct --labels labels.csv --dry-run
+  medvit-train /exports/ct --labels labels.csv --config frozen model.weights=vit.safetensors data.folds=5
+  medvit-train /exports/ct --labels labels.csv training.batch_size=4 preprocessing.windows=[brain,subdural,bone]
+  medvit-train /exports/ct --labels labels.csv --output runs/first --resume
+"""
+
+
+def parser() -> Parser:
+    """The arguments."""
+    result = Parser("train", __doc__ or "", EPILOG)
+    add_label_arguments(result)
+    result.add_argument("--config", metavar="YAML", help="file, or name of a shipped config (default: baseline)")
+    result.add_argument("--output", metavar="RUN", type=Path, help="new folder (default: runs/DATE-TIME)")
+    result.add_argument("--resume", action="store_true", help="continue an interrupted run in --output")
+    result.add_argument("--dry-run", action="store_true", help="show cases, splits, class by site, and a time estimate")
+    result.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings over the config file")
+    return result
+
+
+@command
+def main(argv: list[str] | None = None) -> int:
+    """Run the command."""
+    # intermixed: overrides may stand before and after options
+    arguments = parser().parse_intermixed_args(argv)
+    config = load_config(arguments.config, arguments.overrides)
+    output: Path = arguments.output or Path("runs") / datetime.now().astimezone().strftime("%Y%m%d-%H%M%S")
+    if not arguments.dry_run:
+        prepare_output(output, config, resume=arguments.resume)
+    with Display() as display:
+        cache_dir = config.data.cache_dir or data.default_cache_dir(output)
+        study = prepare(arguments, cache_dir, config.preprocessing, display)
+        folds = data.make_folds(study.cases, config.data, config.training.seed)
+        experiment = training.Experiment(
+            config=config,
+            cases=study.cases,
+            classes=study.manifest.classes,
+            slices=study.cache,
+            folder=output,
+            judge=judge(config),
+            reporter=training.Reporter(start=display.start, step=display.step),
+            resume=arguments.resume,
+        )
+        show_study(study, folds, display)
+        if arguments.dry_run:
+            show_estimate(experiment, folds, display)
+            return EXIT_DONE
+        write_cases(output / "cases.csv", study.cases, folds)
+        result = experiment.run(folds)
+        evaluation.write_predictions(list(result.predictions), output / "predictions.csv")
+        display.start("report", 0)
+        report = evaluation.write_report(
+            evaluation.read_predictions(output / "predictions.csv"),
+            output / "report",
+            config.evaluation,
+            about(study, config, experiment),
+        )
+    show_result(report, output, result)
+    return EXIT_QUARANTINE if set_aside(study) else EXIT_DONE
+
+
+def prepare_output(output: Path, config: Config, *, resume: bool) -> None:
+    """Make RUN and write its config; an existing run is only continued, and only with the same settings.
+
+    Raises:
+        UsageError: `output` holds something and is not to be resumed, or was made with other settings.
+    """
+    saved = output / "config.yaml"
+    if output.exists() and any(output.iterdir()):
+        if not resume:
+            raise UsageError(f"{output}: not empty. Give another --output, or --resume to continue that run.")
+        if not saved.is_file():
+            raise UsageError(f"{output}: holds no run (no config.yaml). Give another --output.")
+        if saved.read_text(encoding="utf-8") != config.to_yaml():
+            raise UsageError(f"{output}: was started with other settings ({saved}). Resume with those, or start anew.")
+    output.mkdir(parents=True, exist_ok=True)
+    saved.write_text(config.to_yaml(), encoding="utf-8")
+
+
+def judge(config: Config) -> training.Judge:
+    """How evaluation judges models, for training."""
+    return training.Judge(
+        score=evaluation.macro_auroc,
+        operating_point=lambda labels, probabilities: evaluation.operating_point(
+            labels, probabilities[:, -1], config.evaluation.sensitivity
+        ),
+    )
+
+
+def show_estimate(experiment: training.Experiment, folds: Sequence[data.Fold], display: Display) -> None:
+    """How long the run would take, from one timed step."""
+    config = experiment.config.training
+    began = time.perf_counter()
+    step = experiment.time_step(folds[0].train)
+    epochs = sum(stage.epochs for stage in config.stages)
+    steps = sum(-(-len(fold.train) // config.batch_size) * epochs for fold in folds)
+    refit = -(-len(experiment.cases) // config.batch_size) * epochs if len(folds) > 1 else 0
+    minutes = ((steps + refit) * step) / 60
+    display.say(
+        f"one step takes {step:.2f} s (measured in {time.perf_counter() - began:.0f} s); {steps + refit} steps: "
+        f"about {minutes:.0f} minutes, and validation besides. Nothing was written."
+    )
+
+
+def write_cases(path: Path, cases: Sequence[Case], folds: Sequence[data.Fold]) -> None:
+    """cases.csv: who was where. With folds, `fold` is the one that a case was judged in."""
+    where = {}
+    for number, fold in enumerate(folds):
+        for name, indices in zip(("train", "val", "test"), fold_parts(fold), strict=True):
+            for index in indices:
+                if len(folds) == 1 or name == "test":
+                    where[index] = (name, number)
+    with path.open("w", encoding="utf-8", newline="") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(("case_id", "patient_id", "split", "fold", "label", "site", "sex", "age"))
+        for index, case in enumerate(cases):
+            split, fold_number = where[index]
+            age = "" if case.age is None else case.age
+            row = (case.case_id, case.patient_id, split, fold_number, case.label, case.site, case.sex, age)
+            writer.writerow(row)
+
+
+def about(study: Study, config: Config, experiment: training.Experiment) -> dict[str, str]:
+    """What the report says about its origin."""
+    prep, folds = config.preprocessing, config.data.folds
+    windows = ", ".join(w if isinstance(w, str) else f"{w[0]:g}/{w[1]:g}" for w in prep.windows)
+    clahe = "with CLAHE" if prep.clahe else "no CLAHE"
+    return {
+        "Model": f"{config.model.name}, weights {experiment.weights.source}",
+        "Input": f"{prep.size} px, HU windows {windows}, {clahe}",
+        "Training": ", ".join(f"{s.name}: {s.trainable}, {s.epochs} epochs" for s in config.training.stages),
+        "Split": f"{folds} patient-grouped folds, predictions out of fold" if folds else "patients held out",
+        "Cases": f"{len(study.cases)} labelled, keyed by {study.manifest.key}",
+        "Positive class": study.manifest.classes[-1],
+    }
+
+
+def show_result(report: evaluation.Report, output: Path, result: training.Result) -> None:
+    """The figures, and where everything is."""
+    show_report(report)
+    print(f"model        {result.bundle}\npredictions  {output / 'predictions.csv'}")

@@ -1,0 +1,21 @@
+"""Fixtures of all tests: a fixed site key, and the real CT where there is some."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def site_key(monkeypatch):
+    """Pseudonyms are the same in every run, and no test makes a key file in the home of whoever runs it."""
+    monkeypatch.setenv("MEDVIT_SITE_KEY", "test")
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder with `data/` and `weights/`; mark the test `realdata` as well."""
+    folder = os.environ.get("MEDVIT_REAL_DATA", "")
+    if not folder or not (Path(folder) / "data").is_dir():
+        pytest.skip("MEDVIT_REAL_DATA names no folder with real CT")
+    return Path(folder) / "data"

@@ -1,0 +1,281 @@
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from medvit.config import ModelConfig
+from medvit.models.backbone import Backbone, build_backbone, normalisation
+from medvit.records import EXIT_USAGE, UsageError
+
+VIT = "vit_tiny_patch16_224"
+DISTILLED = "deit_tiny_distilled_patch16_224"
+REGISTERS = "vit_small_patch14_reg4_dinov2"
+REGISTERS_NO_CLS = "vit_medium_patch16_reg4_gap_256"
+NO_CLS = "vit_medium_patch16_gap_240"
+SWIN = "swin_tiny_patch4_window7_224"
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+
+
+def plain_timm(path: Path, config: ModelConfig, *, channels: int = 3, size: int | None = 32) -> Any:
+    fixed = {} if size is None else {"img_size": size}
+    model = timm.create_model(
+        config.name,
+        pretrained=True,
+        pretrained_cfg_overlay={"file": str(path), "custom_load": False},
+        num_classes=0,
+        in_chans=channels,
+        **fixed,
+        **config.options,
+    )
+    return model.eval()
+
+
+def picture(channels: int = 3, size: int = 32) -> Tensor:
+    return torch.randn(2, channels, size, size, generator=torch.Generator().manual_seed(3))
+
+
+def build(config: ModelConfig, size: int = 32, channels: int = 3) -> Backbone:
+    return build_backbone(config, size=size, channels=channels)[0].eval()
+
+
+def refusal(config: ModelConfig, size: int = 32, channels: int = 3) -> str:
+    with pytest.raises(UsageError) as caught:
+        build_backbone(config, size=size, channels=channels)
+    assert caught.value.exit_code == EXIT_USAGE
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", [VIT, DISTILLED, REGISTERS, REGISTERS_NO_CLS, NO_CLS])
+@torch.inference_mode()
+def test_tokens_of_a_weight_file_of_another_image_size_equal_plain_timm(name, tiny, weights_file):
+    path = weights_file(name)
+    config = tiny(name, weights=str(path))
+    expected = plain_timm(path, config).forward_features(picture())
+    torch.testing.assert_close(build(config).tokens(picture()), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+@torch.inference_mode()
+def test_channels_are_adapted_as_timm_does(channels, tiny, weights_file):
+    path = weights_file()
+    config = tiny(weights=str(path))
+    expected = plain_timm(path, config, channels=channels).forward_features(picture(channels))
+    torch.testing.assert_close(build(config, channels=channels).tokens(picture(channels)), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_weights_trained_on_as_many_channels_are_taken_as_they_are(channels, tiny, weights_file):
+    path = weights_file(in_chans=channels)
+    stem = build(tiny(weights=str(path)), channels=channels).model.patch_embed.proj.weight
+    assert torch.equal(stem, load_file(path)["patch_embed.proj.weight"])
+
+
+@torch.inference_mode()
+def test_resnet_comes_through_the_same_door(tiny, weights_file):
+    path = weights_file("resnet10t")
+    config = tiny("resnet10t", weights=str(path))
+    expected = plain_timm(path, config, size=None)(picture())
+    torch.testing.assert_close(build(config)(picture()), expected, atol=1e-5, rtol=1e-5)
+
+
+# timm, where it resamples Swin's relative positions
+@pytest.mark.filterwarnings("ignore:torch.searchsorted:UserWarning", "ignore:Using a non-tuple sequence:UserWarning")
+@torch.inference_mode()
+def test_swin_comes_through_the_same_door(tiny, weights_file):
+    options = {"embed_dim": 24}
+    path = weights_file(SWIN, img_size=64, **options)
+    config = tiny(SWIN, weights=str(path), options=options)
+    expected = plain_timm(path, config)(picture())
+    torch.testing.assert_close(build(config)(picture()), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_width_is_that_of_what_comes_out_even_where_the_pooled_head_widens(tiny):
+    backbone = build(tiny("mobilenetv3_small_050"))  # num_features 288, a convolution after pooling makes 1024
+    assert backbone(picture()).shape == (2, backbone.width)
+
+
+@torch.inference_mode()
+def test_half_precision_weights_are_computed_in_single(tiny, weights_file):
+    path = weights_file(edit=lambda state: state.update({key: value.half() for key, value in state.items()}))
+    assert build(tiny(weights=str(path)))(picture()).dtype == torch.float32
+
+
+@torch.inference_mode()
+def test_features_are_cls_and_mean_patch_token(tiny, weights_file):
+    path = weights_file()
+    config = tiny(weights=str(path))
+    tokens = plain_timm(path, config).forward_features(picture())
+    expected = torch.cat([tokens[:, 0], tokens[:, 1:].mean(dim=1)], dim=1)
+    torch.testing.assert_close(build(config)(picture()), expected, atol=1e-5, rtol=0)
+
+
+@torch.inference_mode()
+def test_register_tokens_are_no_part_of_the_mean(tiny, weights_file):
+    path = weights_file(REGISTERS)
+    config = tiny(REGISTERS, weights=str(path))
+    tokens = plain_timm(path, config).forward_features(picture())
+    expected = torch.cat([tokens[:, 0], tokens[:, 5:].mean(dim=1)], dim=1)
+    torch.testing.assert_close(build(config)(picture()), expected, atol=1e-5, rtol=0)
+
+
+@torch.inference_mode()
+def test_without_a_cls_token_features_are_the_mean_of_the_patches(tiny, weights_file):
+    path = weights_file(REGISTERS_NO_CLS)
+    config = tiny(REGISTERS_NO_CLS, weights=str(path))
+    tokens = plain_timm(path, config).forward_features(picture())
+    torch.testing.assert_close(build(config)(picture()), tokens[:, 4:].mean(dim=1), atol=1e-5, rtol=0)
+
+
+@torch.inference_mode()
+def test_pooled_features_are_timms_own(tiny, weights_file):
+    path = weights_file()
+    config = tiny(weights=str(path), features="pooled")
+    torch.testing.assert_close(build(config)(picture()), plain_timm(path, config)(picture()), atol=1e-5, rtol=0)
+
+
+@torch.inference_mode()
+def test_weights_change_the_output(tiny, weights_file):
+    torch.manual_seed(0)
+    random = build(tiny())(picture())
+    torch.manual_seed(0)
+    loaded = build(tiny(weights=str(weights_file())))(picture())
+    assert (loaded - random).abs().max() > 0.1
+
+
+def test_qkv_bias_is_kept(tiny, weights_file):
+    path = weights_file()
+    bias = build(tiny(weights=str(path))).model.blocks[1].attn.qkv.bias
+    assert torch.equal(bias, load_file(path)["blocks.1.attn.qkv.bias"])
+
+
+def test_report_names_the_file_and_counts_every_tensor(tiny, weights_file):
+    path = weights_file()
+    _, report = build_backbone(tiny(weights=str(path)), size=32, channels=3)
+    assert (report.source, report.keys, len(report.sha256)) == (path.name, len(load_file(path)) - 2, 64)
+
+
+def test_report_says_that_weights_are_random(tiny):
+    assert build_backbone(tiny(), size=32, channels=3)[1].source == "none"
+
+
+def test_missing_tensor_is_refused(tiny, weights_file):
+    path = weights_file(edit=lambda state: state.pop("blocks.1.mlp.fc1.bias"))
+    message = refusal(tiny(weights=str(path)))
+    assert "1 tensors are missing (blocks.1.mlp.fc1.bias" in message
+    assert "model.name" in message
+
+
+def test_layer_scale_is_not_dropped_in_silence(tiny, weights_file):
+    path = weights_file(init_values=1e-5)  # as DINOv2 has it; timm alone logs and goes on without it
+    message = refusal(tiny(weights=str(path)))
+    assert "4 are unexpected (blocks.0.ls1.gamma" in message
+    assert "model.name" in message
+
+
+def test_weights_of_another_width_are_refused(tiny, weights_file):
+    path = weights_file(embed_dim=48)
+    message = refusal(tiny(weights=str(path)))
+    assert "does not fit" in message
+    assert "model.name" in message
+
+
+def test_weights_of_another_family_are_refused(tiny, weights_file):
+    path = weights_file("resnet10t")
+    assert "does not fit" in refusal(tiny(weights=str(path)))
+
+
+def test_truncated_weights_are_refused(tiny, weights_file):
+    path = weights_file()
+    path.write_bytes(path.read_bytes()[:-100])
+    message = refusal(tiny(weights=str(path)))
+    assert "cut short" in message
+    assert "Copy the file again" in message
+
+
+def test_missing_weights_are_refused(tiny, tmp_path):
+    message = refusal(tiny(weights=str(tmp_path / "absent.safetensors")))
+    assert "no such file" in message
+    assert "hub, or none" in message
+
+
+def test_pickled_weights_are_refused(tiny, tmp_path):
+    path = tmp_path / "weights.pt"
+    torch.save({}, path)
+    message = refusal(tiny(weights=str(path)))
+    assert "saw .pt" in message
+    assert "safetensors.torch.save_file" in message
+
+
+@pytest.mark.parametrize(("size", "nearest"), [(30, "use 24 or 32"), (5, "use 8 or 8")])
+def test_size_that_is_no_multiple_of_the_patch_names_the_nearest(size, nearest, tiny):
+    message = refusal(tiny(), size=size)
+    assert "patch of 8 px" in message
+    assert nearest in message
+
+
+def test_unknown_model_names_similar_ones(tiny):
+    assert "vit_small_patch14_dinov2" in refusal(tiny("vit_smal_patch14_dinov2"))
+
+
+def test_unknown_tag_is_refused(tiny):
+    assert "nosuch" in refusal(tiny("vit_tiny_patch16_224.nosuch"))
+
+
+def test_option_that_the_model_does_not_know_is_refused(tiny):
+    assert "depht" in refusal(tiny(options={"depht": 2}))
+
+
+def test_model_without_published_weights_is_refused(tiny):
+    assert "No pretrained weights exist" in refusal(tiny("vit_base_patch16_gap_224", weights="hub"))
+
+
+def test_unreachable_hub_is_refused_with_a_way_out(tmp_path):
+    program = """
+from medvit.config import ModelConfig
+from medvit.models.backbone import build_backbone
+from medvit.records import UsageError
+try:
+    build_backbone(ModelConfig(name="resnet10t", weights="hub"), size=32, channels=3)
+except UsageError as error:
+    print(error.exit_code, error)
+"""
+    environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("2 ")
+    assert "hub is not reachable" in done.stdout
+    assert ".safetensors file" in done.stdout
+    assert "model.weights=none" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "mean"), [(VIT, (0.5, 0.5, 0.5)), (REGISTERS, IMAGENET_MEAN), ("resnet10t", IMAGENET_MEAN)]
+)
+def test_normalisation_is_that_of_the_weights(name, mean, tiny):
+    assert normalisation(build(tiny(name)), 3)[0] == mean
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_normalisation_of_other_channel_counts_is_the_average(channels, tiny):
+    mean, std = normalisation(build(tiny(REGISTERS), channels=channels), channels)
+    assert mean == pytest.approx((sum(IMAGENET_MEAN) / 3,) * channels)
+    assert len(std) == channels
+
+
+@pytest.mark.realdata
+@torch.inference_mode()
+def test_real_weights_equal_plain_timm(real_data):
+    path = real_data.parent / "weights" / "vit_small_patch14_dinov2.safetensors"
+    config = ModelConfig(name="vit_small_patch14_dinov2.lvd142m", weights=str(path))
+    image = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    expected = timm.create_model(
+        config.name, pretrained=True, pretrained_cfg_overlay={"file": str(path)}, num_classes=0, img_size=224
+    ).eval()
+    torch.testing.assert_close(
+        build(config, size=224).tokens(image), expected.forward_features(image), atol=1e-4, rtol=0
+    )

@@ -1,0 +1,129 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from medvit.models.bundle import BundleInfo, TrainingRange, find_bundle, open_bundle, save_bundle
+from medvit.models.classifier import build_classifier
+from medvit.records import EXIT_USAGE, Preprocessing, UsageError
+
+PREPROCESSING = Preprocessing(windows=("brain", (40.0, 80.0)), size=32, predict_slices=4)
+
+
+@pytest.fixture
+def made(tiny, tmp_path):
+    """(folder, classifier, info) of a saved bundle with every field set."""
+    torch.manual_seed(0)
+    config = tiny(dropout=0.3, pooling_width=5)
+    classifier, _ = build_classifier(config, size=32, channels=2, classes=2)
+    info = BundleInfo(
+        architecture=config,
+        preprocessing=PREPROCESSING,
+        mean=(0.4, 0.3),
+        std=(0.2, 0.1),
+        classes=("none", "bleed"),
+        threshold=0.1 + 0.2,
+        temperature=1.7,
+        training_range=TrainingRange(kernels=("H30s",), slice_thickness_mm=(0.6, 5.0)),
+        provenance={"seed": "0"},
+    )
+    folder = tmp_path / "run" / "bundle"
+    return folder, classifier.eval(), save_bundle(folder, classifier, info)
+
+
+def refusal(path: Path) -> str:
+    with pytest.raises(UsageError) as caught:
+        open_bundle(path)
+    assert caught.value.exit_code == EXIT_USAGE
+    return str(caught.value)
+
+
+def edit(folder: Path, **changes: object) -> None:
+    path = folder / "bundle.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_round_trip_gives_identical_logits(made):
+    folder, classifier, _ = made
+    slices = torch.randn(2, 3, 2, 32, 32)
+    mask = torch.ones(2, 3, dtype=torch.bool)
+    assert torch.equal(open_bundle(folder)[0](slices, mask).logits, classifier(slices, mask).logits)
+
+
+def test_round_trip_gives_the_same_info(made):
+    folder, _, info = made
+    assert open_bundle(folder)[1] == info
+
+
+def test_opened_classifier_is_in_evaluation_mode(made):
+    assert not any(module.training for module in open_bundle(made[0])[0].modules())
+
+
+def test_bundle_opens_without_the_pretrained_weights_it_started_from(made):
+    folder, classifier, info = made
+    architecture = info.architecture.model_copy(update={"weights": "gone.safetensors"})
+    save_bundle(folder, classifier, info.model_copy(update={"architecture": architecture}))
+    assert open_bundle(folder)[1].architecture.weights == "gone.safetensors"
+
+
+def test_run_folder_is_as_good_as_its_bundle(made):
+    folder = made[0]
+    assert find_bundle(folder.parent) == find_bundle(folder) == folder
+
+
+def test_missing_bundle_is_refused(tmp_path):
+    assert "output folder of medvit-train" in refusal(tmp_path)
+
+
+def test_missing_weights_are_refused(made):
+    (made[0] / "model.safetensors").unlink()
+    assert "Copy the bundle again" in refusal(made[0])
+
+
+@pytest.mark.parametrize("where", [8, -1])
+def test_changed_byte_in_the_weights_is_refused(where, made):
+    path = made[0] / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[where] ^= 1
+    path.write_bytes(content)
+    assert "Copy the bundle again" in refusal(made[0])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"threshold": 0.9}, {"classes": ["bleed", "none"]}, {"preprocessing": {"windows": ["lung", "bone"], "size": 32}}],
+)
+def test_changed_description_is_refused(changes, made):
+    edit(made[0], **changes)
+    assert "bundle.json" in refusal(made[0])
+
+
+def test_other_schema_is_refused(made):
+    edit(made[0], schema_version=2)
+    assert "schema" in refusal(made[0])
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"schema_version": 1}', b"\xff\xfe"])
+def test_damaged_description_is_refused(content, made):
+    (made[0] / "bundle.json").write_bytes(content)
+    assert "bundle.json" in refusal(made[0])
+
+
+def test_unknown_field_is_refused(made):
+    edit(made[0], colour="red")
+    assert "another version of medvit" in refusal(made[0])
+
+
+def test_bundle_is_two_files_and_neither_is_a_pickle(made):
+    files = sorted(made[0].iterdir())
+    assert [file.name for file in files] == ["bundle.json", "model.safetensors"]
+    json.loads(files[0].read_text())
+    header = int.from_bytes(files[1].read_bytes()[:8], "little")
+    json.loads(files[1].read_bytes()[8 : 8 + header])
+
+
+def test_saving_again_replaces_the_bundle(made):
+    folder, classifier, info = made
+    save_bundle(folder, classifier, info.model_copy(update={"threshold": 0.25}))
+    assert open_bundle(folder)[1].threshold == 0.25
