@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from medvit.data.pipelines import Slices, choose_slices, prediction_transform, prepare_slices
 from medvit.data.pseudonym import pseudonym
@@ -21,6 +22,9 @@ from medvit.models.classifier import CtClassifier
 from medvit.records import Case, Prediction, Preprocessing, Scan
 
 Floats = npt.NDArray[np.float32]
+
+STUDIES_AT_ONCE = 256
+"""Through pooling and head, which are small."""
 
 
 @dataclass(frozen=True)
@@ -54,16 +58,23 @@ class Encoder:
         self.classifier.train(was_training)
         return torch.cat(chunks).numpy()
 
-    def study(self, features: Floats) -> tuple[Floats, Floats]:
-        """Features (S, D) of the chosen slices -> logits (K,), slice weights (S,)."""
+    def studies(self, features: Sequence[Floats]) -> list[tuple[Floats, Floats]]:
+        """Features (S, D) of the chosen slices of each study -> its logits (K,) and slice weights (S,)."""
         device = next(self.classifier.parameters()).device
         was_training = self.classifier.training
         self.classifier.eval()
+        results: list[tuple[Floats, Floats]] = []
         with torch.inference_mode():
-            values = torch.from_numpy(np.array(features, np.float32))[None].to(device)
-            output = self.classifier(values, torch.ones(values.shape[:2], dtype=torch.bool, device=device))
+            for start in range(0, len(features), STUDIES_AT_ONCE):
+                some = [torch.tensor(one, dtype=torch.float32) for one in features[start : start + STUDIES_AT_ONCE]]
+                values = pad_sequence(some, batch_first=True)  # (B, S, D)
+                lengths = torch.tensor([len(one) for one in some])
+                mask = torch.arange(values.shape[1]) < lengths[:, None]
+                output = self.classifier(values.to(device), mask.to(device))
+                logits, weights = output.logits.float().cpu().numpy(), output.weights.float().cpu().numpy()
+                results += [(logits[row], weights[row, : len(one)]) for row, one in enumerate(some)]
         self.classifier.train(was_training)
-        return output.logits[0].float().cpu().numpy(), output.weights[0].float().cpu().numpy()
+        return results
 
     def choose(self, count: int) -> npt.NDArray[np.intp]:
         """Which of `count` slices a prediction looks at."""
@@ -101,7 +112,7 @@ class Model:
     def predict_slices(self, slices: Slices, case: Case) -> Prediction:
         """Predict a case from its prepared slices, int16 HU (Z, size, size)."""
         chosen = self.encoder.choose(len(slices))
-        logits, weights = self.encoder.study(self.encoder.encode(slices[chosen]))
+        ((logits, weights),) = self.encoder.studies([self.encoder.encode(slices[chosen])])
         return self.prediction(case, logits, chosen, weights)
 
     def prediction(self, case: Case, logits: Floats, chosen: npt.NDArray[np.intp], weights: Floats) -> Prediction:

@@ -137,7 +137,7 @@ REASONS: Mapping[ReasonCode, Reason] = MappingProxyType(
         _C.PHOTOMETRIC: Reason(_REJ, "a colour image has no HU; nothing to do unless it should be CT"),
         _C.TS_UNSUPPORTED: Reason(_QUAR, "no codec for this transfer syntax: see medvit-doctor, or decompress"),
         _C.LOSSY: Reason(_FLAG, "lossy compression: HU are approximate; prefer the original"),
-        _C.PIXEL_TRUNCATED: Reason(_QUAR, "pixel data is shorter than the header says: transfer the file again"),
+        _C.PIXEL_TRUNCATED: Reason(_QUAR, "pixel data is not as long as the header says: transfer the file again"),
         _C.NO_PREAMBLE: Reason(_FLAG, "DICOM without its 128-byte preamble was read all the same"),
         _C.TAG_INVALID: Reason(_QUAR, "a needed tag is absent or unreadable: re-export from the archive"),
         _C.CHARSET: Reason(_FLAG, "text could not be decoded with the declared character set; kept as raw bytes"),

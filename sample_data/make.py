@@ -2,9 +2,10 @@
 
     python sample_data/make.py [OUTPUT]        (OUTPUT: this folder)
 
-`hospital/` holds six patients of three sites (10 slices of 64 x 64 each) as DICOM, the usual junk
-(a localizer, a report, an MR image, a copy, a text file) and a seventh patient's series with a truncated file; `labels.csv` their labels; `ct.nii.gz` the first patient once more, as NIfTI. Nobody's images: all
-of it is drawn by `medvit.io.phantom`, and the same bytes come out every time (a test compares them).
+`hospital/` holds six patients of three sites as DICOM (10 slices of 64 x 64 each), a seventh whose series has a
+truncated file, and the usual junk: a localizer, a report, an MR image, a copy of a slice, a text file. `labels.csv`
+holds their labels, `ct.nii.gz` the first patient once more, as NIfTI. Nobody's images: `medvit.io.phantom` draws them,
+and the same bytes come out every time (a test compares them).
 """
 
 from __future__ import annotations

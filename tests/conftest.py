@@ -6,10 +6,12 @@ from pathlib import Path
 import pytest
 
 
-@pytest.fixture(autouse=True)
-def site_key(monkeypatch):
+@pytest.fixture(autouse=True, scope="session")
+def site_key():
     """Pseudonyms are the same in every run, and no test makes a key file in the home of whoever runs it."""
-    monkeypatch.setenv("MEDVIT_SITE_KEY", "test")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MEDVIT_SITE_KEY", "test")
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,6 @@ config.yaml, cases.csv, metrics.jsonl, TensorBoard events, checkpoints/, bundle/
 from __future__ import annotations
 
 import csv
-import time
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
@@ -118,15 +117,14 @@ def judge(config: Config) -> training.Judge:
 def show_estimate(experiment: training.Experiment, folds: Sequence[data.Fold], display: Display) -> None:
     """How long the run would take, from one timed step."""
     config = experiment.config.training
-    began = time.perf_counter()
-    step = experiment.time_step(folds[0].train)
+    timing = experiment.time_step(folds[0].train)
     epochs = sum(stage.epochs for stage in config.stages)
-    steps = sum(-(-len(fold.train) // config.batch_size) * epochs for fold in folds)
-    refit = -(-len(experiment.cases) // config.batch_size) * epochs if len(folds) > 1 else 0
-    minutes = ((steps + refit) * step) / 60
+    sizes = [len(fold.train) for fold in folds] + ([len(experiment.cases)] if len(folds) > 1 else [])  # and the refit
+    steps = sum(-(-size // config.batch_size) for size in sizes) * epochs
+    seconds = timing.prepare_case * len(experiment.cases) + timing.step * steps
     display.say(
-        f"one step takes {step:.2f} s (measured in {time.perf_counter() - began:.0f} s); {steps + refit} steps: "
-        f"about {minutes:.0f} minutes, and validation besides. Nothing was written."
+        f"one step takes {timing.step:.2f} s, {steps} steps: about {max(1, round(seconds / 60))} minutes, and "
+        "validation besides. No run was written."
     )
 
 

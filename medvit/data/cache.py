@@ -61,15 +61,19 @@ class SliceCache:
 
     def __init__(self, folder: Path, preprocessing: Preprocessing, *, assume_hu: bool = False) -> None:
         self.folder, self.preprocessing, self.assume_hu = folder, preprocessing, assume_hu
+        self.keys: dict[str, str] = {}
 
     def key(self, case: Case) -> str:
-        """Hash of the source files (name, size, time of change) and of what the preparation depends on."""
+        """Hash of the source files (name, size, time of change) and of what the preparation depends on; asked once."""
+        if case.case_id in self.keys:
+            return self.keys[case.case_id]
         parts = [f"{FORMAT} {self.preprocessing.size} {self.preprocessing.orientation} {self.assume_hu}"]
         for name in case.files:
             path = Path(case.root).absolute() / name
             status = path.stat()
             parts.append(f"{path} {status.st_size} {status.st_mtime_ns}")
-        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+        self.keys[case.case_id] = hashlib.sha256("\n".join(parts).encode()).hexdigest()
+        return self.keys[case.case_id]
 
     def build(
         self, cases: Iterable[Case], progress: Callable[[], None] | None = None

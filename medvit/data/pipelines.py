@@ -66,9 +66,9 @@ def choose_slices(count: int, wanted: int, rng: np.random.RandomState | None = N
     """
     if count <= wanted:
         return np.arange(count)
-    edges = np.linspace(0, count, wanted + 1)
+    edges = np.linspace(0, count, wanted + 1).astype(np.intp)  # whole slices: no two stretches share one
     within = np.full(wanted, 0.5) if rng is None else rng.random_sample(wanted)
-    return np.minimum((edges[:-1] + within * np.diff(edges)).astype(np.intp), count - 1)
+    return edges[:-1] + (within * np.diff(edges)).astype(np.intp)
 
 
 def training_transform(

@@ -17,6 +17,7 @@ import numpy.typing as npt
 from pydicom import dcmread
 from pydicom.dataset import FileDataset
 from pydicom.pixels.utils import pixel_array
+from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
 from medvit.io import geometry, headers
 from medvit.records import AIR_HU, REASONS, Outcome, ReasonCode, Scan, ScanError
@@ -85,17 +86,14 @@ def read_series(paths: Iterable[Path], *, assume_hu: bool = False) -> Scan:
     Raises:
         ScanError: with the code of the first fault, and the files concerned.
     """
-    datasets = {str(path): _open(path) for path in paths}
-    slices = [headers.summarise(dataset, name, preamble=preamble) for name, (dataset, preamble) in datasets.items()]
-    for header in slices:
-        if (fault := headers.file_fault(header)) is not None:
-            raise ScanError(*fault, (header.path,))
+    opened = {str(path): _open(path) for path in paths}
+    slices = [header for _, header in opened.values()]
     stack, codes = examine(slices, assume_hu=assume_hu)
     ordered = [slices[index] for index in stack.order]
     hu = np.empty((len(ordered), ordered[0].rows, ordered[0].columns), np.float32)
     padded = 0
     for plane, header in zip(hu, ordered, strict=True):
-        padded += _fill_slice(plane, datasets.pop(header.path)[0], header)
+        padded += _fill_slice(plane, opened.pop(header.path)[0], header)
     _check_plausible(hu)
     if ReasonCode.RESCALE_MISSING in codes:
         _check_assumed(hu)
@@ -111,17 +109,26 @@ def read_series(paths: Iterable[Path], *, assume_hu: bool = False) -> Scan:
     )
 
 
-def _open(path: Path) -> tuple[FileDataset, bool]:
+def _open(path: Path) -> tuple[FileDataset, headers.SliceHeader]:
     name = str(path)
-    preamble = headers.parse(path, name).preamble  # every fault of the header is found and coded here
+    header = headers.parse(path, name)  # every fault of the header is found and coded here
+    if (fault := headers.file_fault(header)) is not None:
+        raise ScanError(*fault, (name,))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return dcmread(path, force=not preamble), preamble
+            dataset = dcmread(path, force=not header.preamble)
+            if "TransferSyntaxUID" not in dataset.file_meta:  # no preamble: pydicom found out by looking
+                implicit, little = dataset.original_encoding
+                native = ImplicitVRLittleEndian if implicit else ExplicitVRLittleEndian
+                dataset.file_meta.TransferSyntaxUID = native if little else ExplicitVRBigEndian
     except Exception as error:  # noqa: BLE001  damage behind the header raises any type
         raise ScanError(
             ReasonCode.PIXEL_TRUNCATED, f"unreadable behind its header ({type(error).__name__})", (name,)
         ) from None
+    if "PixelData" not in dataset:  # pydicom returns an empty dataset where compressed pixels end too early
+        raise ScanError(ReasonCode.PIXEL_TRUNCATED, "no pixel data, or cut short", (name,))
+    return dataset, header
 
 
 def _fill_slice(plane: npt.NDArray[np.float32], dataset: FileDataset, header: headers.SliceHeader) -> int:
@@ -145,12 +152,23 @@ def _decode(dataset: FileDataset, header: headers.SliceHeader) -> npt.NDArray[np
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return np.asarray(pixel_array(dataset, raw=True)).astype(np.int32)
-    except (KeyboardInterrupt, SystemExit, MemoryError):
+            _check_length(dataset, header)
+            # the unused bits are judged in `stored_values`: pydicom would wipe what contradicts the header
+            return np.asarray(pixel_array(dataset, raw=True, correct_unused_bits=False)).astype(np.int32)
+    except (KeyboardInterrupt, SystemExit, MemoryError, ScanError):
         raise
     except BaseException as error:  # noqa: BLE001  codecs raise any type; Rust panics are no Exception (HAZARDS 0.2)
         detail = f"pixel data cannot be decoded ({type(error).__name__})"
         raise ScanError(ReasonCode.PIXEL_TRUNCATED, detail, (header.path,)) from None
+
+
+def _check_length(dataset: FileDataset, header: headers.SliceHeader) -> None:
+    """Native pixel data longer than its matrix belongs to another matrix; one byte evens its length (PS3.5 8.1.1)."""
+    if dataset.file_meta.TransferSyntaxUID.is_compressed:
+        return
+    surplus = len(dataset.PixelData) - header.rows * header.columns * header.bits // 8
+    if surplus > 1:
+        raise ScanError(ReasonCode.PIXEL_TRUNCATED, f"{surplus} bytes more than the header says", (header.path,))
 
 
 def stored_values(raw: npt.NDArray[np.int32], dataset: FileDataset, name: str = "") -> npt.NDArray[np.int32]:
@@ -160,12 +178,13 @@ def stored_values(raw: npt.NDArray[np.int32], dataset: FileDataset, name: str = 
         ScanError: `PIXELREP_CONFLICT`: bits outside BitsStored are set that no overlay explains.
     """
     stored_bits, signed = int(dataset.BitsStored), bool(dataset.PixelRepresentation)
-    shift = int(dataset.get("HighBit", stored_bits - 1)) + 1 - stored_bits
-    if not (0 < stored_bits <= 32 and 0 <= shift < 32):
+    high_bit = dataset.get("HighBit")  # may be there and empty
+    shift = 0 if high_bit is None else int(high_bit) + 1 - stored_bits
+    if not (stored_bits > 0 and 0 <= shift <= int(dataset.BitsAllocated) - stored_bits):
         raise ScanError(
             ReasonCode.PIXELREP_CONFLICT, f"BitsStored {stored_bits}, HighBit {stored_bits + shift - 1}", (name,)
         )
-    if stored_bits >= int(dataset.BitsAllocated):
+    if stored_bits == int(dataset.BitsAllocated):
         return raw
     values = (raw >> shift) & ((1 << stored_bits) - 1)
     if signed:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 HARMLESS_SUFFIXES = {".csv", ".txt", ".json", ".xml", ".html", ".md", ".pdf", ".jpg", ".jpeg", ".png", ".log", ".ini"}
+HARMLESS_SUFFIXES |= {".raw", ".zraw"}  # the pixels of an .mhd or .nhdr, read through it
 HARMLESS_NAMES = {"DICOMDIR", "LOCKFILE", "VERSION", ".DS_Store", "Thumbs.db", "desktop.ini"}
 """What PACS exports leave beside images: no image, nothing to worry about."""
 
@@ -144,7 +145,7 @@ def scan_folder(
     if not entries and not slices and not volumes:
         raise UsageError(f"{root}: the folder is empty. Put the exported DICOM or NIfTI files in it.")
     listed = _list_series(root, _set_duplicates_aside(root, slices, entries), assume_hu=assume_hu)
-    series = tuple(_mark_patient_conflicts(listed) + volumes)
+    series = tuple(_mark_patient_conflicts(listed, slices) + volumes)
     entries += [entry for one in series for entry in _entries_of(one, slices)]
     return Inventory(root, series, tuple(sorted(entries, key=lambda entry: entry.path)))
 
@@ -264,17 +265,17 @@ def _list_one(root: Path, members: list[headers.SliceHeader], *, conflict: bool,
     )
 
 
-def _mark_patient_conflicts(series: list[Series]) -> list[Series]:
+def _mark_patient_conflicts(series: list[Series], slices: Sequence[headers.SliceHeader]) -> list[Series]:
     """A study with two patients is set aside whole: a result on a wrong patient is the worst result."""
-    patients: dict[str, set[tuple[str, str]]] = defaultdict(set)
-    for one in series:
-        patients[one.study_uid].add((one.header.patient_id, one.header.sex))
+    patients: dict[str, set[tuple[str, str, str]]] = defaultdict(set)
+    for header in slices:  # each slice, not one of each series: a single stray one taints its study
+        patients[header.study_uid].add(header.patient)
     return [
         replace(
             one,
             outcome=Outcome.QUARANTINE,
             codes=(ReasonCode.PATIENT_CONFLICT,),
-            detail="patient id or sex differ within one study",
+            detail="patient id, birth date or sex differ within one study",
         )
         if one.study_uid and len(patients[one.study_uid]) > 1
         else one

@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 from pydicom import dcmread
+from pydicom.config import IGNORE
 from pydicom.dataset import Dataset, FileDataset
 from pydicom.errors import InvalidDicomError
 from pydicom.pixels.decoders.base import get_decoder
@@ -24,6 +25,9 @@ from medvit.records import ReasonCode, ScanError, ScanHeader
 CT_IMAGE = "1.2.840.10008.5.1.4.1.1.2"
 MULTIFRAME_CT = {"1.2.840.10008.5.1.4.1.1.2.1", "1.2.840.10008.5.1.4.1.1.2.2"}
 """Enhanced CT and Legacy Converted Enhanced CT Image Storage."""
+
+DICOMDIR = "1.2.840.10008.1.3.10"
+"""Media Storage Directory: has no SOPInstanceUID of its own. Its references are never followed."""
 
 IMAGE_MODALITIES = {"MR", "PT", "NM", "US", "CR", "DX", "MG", "XA", "RF", "IVUS", "OCT", "OP", "SM", "ES", "XC", "PX"}
 DEFLATED = b"1.2.840.10008.1.2.1.99"
@@ -113,6 +117,8 @@ def _pixels_cut_short(stream: BinaryIO, dataset: FileDataset) -> bool:
     """Whether native pixel data ends before the length its element states. The stream stands at the element."""
     start = stream.tell()
     head = stream.read(12)
+    if not head:  # the file ends where its pixel data should begin
+        return True
     if head[:4] != b"\xe0\x7f\x10\x00":  # little endian (7FE0,0010); others are found out when decoding
         return False
     explicit = head[4:6] in (b"OW", b"OB")
@@ -129,7 +135,8 @@ def summarise(dataset: Dataset, name: str, *, preamble: bool = True, truncated: 
         ScanError: `NOT_DICOM`: no preamble, and nothing in it looks like an image or report.
     """
     meta = getattr(dataset, "file_meta", None)
-    sop_class = _text(dataset, "SOPClassUID")
+    # DICOMDIR, and a file cut off early, say what they are in the file meta information alone
+    sop_class = _text(dataset, "SOPClassUID") or str(getattr(meta, "MediaStorageSOPClassUID", ""))
     if not preamble and not (sop_class.startswith("1.2.840.10008.") and _text(dataset, "SOPInstanceUID")):
         raise ScanError(ReasonCode.NOT_DICOM, "no DICOM header", (name,))
     return SliceHeader(
@@ -168,10 +175,11 @@ def file_fault(header: SliceHeader) -> tuple[ReasonCode, str] | None:
     """Why this file is no slice of a CT volume medvit can use; None when it may be one."""
     if header.sop_class in MULTIFRAME_CT or (header.sop_class == CT_IMAGE and header.frames > 1):
         return ReasonCode.MULTIFRAME_UNSUPPORTED, f"{header.frames} frames in one object"
+    if not header.sop_class or not (header.sop_uid or header.sop_class == DICOMDIR):
+        return ReasonCode.TAG_INVALID, "SOPClassUID or SOPInstanceUID is absent: perhaps cut off"
     if header.sop_class != CT_IMAGE:
-        kind = UID(header.sop_class).name if header.sop_class else "no SOP class"
         code = ReasonCode.MODALITY if header.modality in IMAGE_MODALITIES else ReasonCode.NOT_VOLUME
-        return code, kind
+        return code, UID(header.sop_class, IGNORE).name
     if "LOCALIZER" in header.image_type:
         return ReasonCode.NOT_VOLUME, "localizer"
     if header.samples != 1 or not header.photometric.startswith("MONOCHROME"):
@@ -186,7 +194,9 @@ def slice_faults(header: SliceHeader, *, assume_hu: bool) -> list[tuple[ReasonCo
     faults = []
     if header.truncated:
         faults.append((ReasonCode.PIXEL_TRUNCATED, "the file ends before its pixel data"))
-    if not 0 < header.rows * header.columns <= MAX_VOXELS:
+    if header.rows <= 0 or header.columns <= 0:
+        faults.append((ReasonCode.TAG_INVALID, "Rows or Columns is absent or zero"))
+    elif header.rows * header.columns > MAX_VOXELS:
         faults.append((ReasonCode.RESOURCE_LIMIT, f"{header.rows} x {header.columns} pixels"))
     if header.orientation is None or header.position is None:
         faults.append((ReasonCode.ORIENTATION_INVALID, "ImageOrientationPatient or ImagePositionPatient is absent"))
@@ -216,7 +226,7 @@ def _rescale_faults(header: SliceHeader, *, assume_hu: bool) -> list[tuple[Reaso
 
 def can_decode(transfer_syntax: str) -> bool:
     """Whether pixel data of this transfer syntax can be decoded here."""
-    uid = UID(transfer_syntax)
+    uid = UID(transfer_syntax, IGNORE)
     if not uid.is_transfer_syntax or uid.is_deflated:
         return False
     if not uid.is_compressed:

@@ -7,6 +7,7 @@ these formats do not say. NIfTI's patient system is RAS, ours LPS: the first two
 from __future__ import annotations
 
 import gzip
+import math
 import warnings
 import zlib
 from pathlib import Path
@@ -16,8 +17,8 @@ import nibabel as nib
 import numpy as np
 import numpy.typing as npt
 import SimpleITK as sitk
-from nibabel.filebasedimages import ImageFileError
 
+from medvit.io.dicom import HU_RANGE_LIMIT
 from medvit.records import ReasonCode, Scan, ScanError
 
 NIFTI_SUFFIXES = (".nii", ".nii.gz")
@@ -41,6 +42,8 @@ def read_volume(path: Path) -> Scan:
         ScanError: `GZIP_CORRUPT`, `PIXEL_TRUNCATED`, `IO_ERROR`, or one of the `NIFTI_...` codes.
     """
     name = str(path)
+    if not path.is_file():
+        raise ScanError(ReasonCode.IO_ERROR, "no such file", (name,))
     if path.name.lower().endswith(NIFTI_SUFFIXES):
         values, affine, codes = _read_nifti(path, name)
     else:
@@ -50,8 +53,9 @@ def read_volume(path: Path) -> Scan:
             ReasonCode.NIFTI_NONFINITE, f"{int((~np.isfinite(values)).sum())} voxels are NaN or infinite", (name,)
         )
     _check_orthogonal(affine, name)
-    if values.min() == values.max():
-        raise ScanError(ReasonCode.HU_IMPLAUSIBLE, f"all voxels are {values.min():g}", (name,))
+    low, high = float(values.min()), float(values.max())
+    if low == high or high - low > HU_RANGE_LIMIT:
+        raise ScanError(ReasonCode.HU_IMPLAUSIBLE, f"values from {low:g} to {high:g}", (name,))
     return Scan(hu=values.astype(np.float32), affine=affine, codes=codes, files=(name,))
 
 
@@ -62,37 +66,53 @@ def _read_nifti(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             image: Any = nib.load(path)
-            _drain(path)
+            _check_array(image, _stream_length(path), name)
             values = np.asarray(image.dataobj, dtype=np.float64)
+            # nibabel forgets the slope it has applied, so the header is read once more
+            with image.file_map["image"].get_prepare_fileobj("rb") as stream:
+                slope = float(type(image.header).from_fileobj(stream)["scl_slope"])
+    except ScanError:
+        raise
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ScanError(
             ReasonCode.GZIP_CORRUPT, f"compressed stream is damaged ({type(error).__name__})", (name,)
         ) from None
-    except (OSError, ImageFileError, ValueError, TypeError) as error:
+    except Exception as error:  # noqa: BLE001  damaged headers raise HeaderDataError, OverflowError and more
         raise ScanError(
             ReasonCode.PIXEL_TRUNCATED, f"not readable as NIfTI ({type(error).__name__})", (name,)
         ) from None
-    while values.ndim > 3 and values.shape[-1] == 1:
-        values = values[..., 0]
-    if values.ndim != 3:
-        raise ScanError(ReasonCode.NIFTI_NDIM, f"shape {values.shape}", (name,))
-    slope = float(image.header["scl_slope"])
-    # nibabel has applied the slope; 0 and NaN mean unscaled, and only a written 0 is worth a word
+    # 0 and NaN mean unscaled, and only a written 0 is worth a word
     codes = (ReasonCode.NIFTI_SCALE,) if slope == 0 else ()
-    return values.transpose(2, 1, 0), RAS_TO_LPS @ _agreed_affine(image, name), codes
+    return values.reshape(values.shape[:3]).transpose(2, 1, 0), RAS_TO_LPS @ _agreed_affine(image, name), codes
 
 
-def _drain(path: Path) -> None:
-    """Read a gz stream to its end: only there is its checksum."""
-    if path.name.lower().endswith(".gz"):
-        with gzip.open(path) as stream:
-            while stream.read(1 << 20):
-                pass
+def _stream_length(path: Path) -> int:
+    """Bytes in the file; a gz stream is read to its end, for only there is its checksum."""
+    if not path.name.lower().endswith(".gz"):
+        return path.stat().st_size
+    length = 0
+    with gzip.open(path) as stream:
+        while block := stream.read(1 << 20):
+            length += len(block)
+    return length
+
+
+def _check_array(image: Any, length: int, name: str) -> None:
+    """One scalar volume that the stream really holds: nibabel would allocate whatever the header claims."""
+    shape, dtype = image.shape, image.get_data_dtype()
+    if len(shape) < 3 or min(shape) < 1 or math.prod(shape[3:]) != 1 or dtype.kind not in "iuf":
+        raise ScanError(ReasonCode.NIFTI_NDIM, f"shape {shape} of {dtype}", (name,))
+    needed = int(image.dataobj.offset) + math.prod(shape) * dtype.itemsize
+    if length < needed:
+        raise ScanError(ReasonCode.PIXEL_TRUNCATED, f"{length} bytes where the header needs {needed}", (name,))
 
 
 def _agreed_affine(image: Any, name: str) -> npt.NDArray[np.float64]:
     """The one affine that sform and qform tell, where set; readers differ when they disagree or are both unset."""
-    qform, qcode = image.header.get_qform(coded=True)
+    try:
+        qform, qcode = image.header.get_qform(coded=True)
+    except ValueError:
+        raise ScanError(ReasonCode.NIFTI_AFFINE, "the quaternion of the qform is no rotation", (name,)) from None
     sform, scode = image.header.get_sform(coded=True)
     if not qcode and not scode:
         raise ScanError(ReasonCode.NIFTI_AFFINE, "neither qform nor sform is set", (name,))
@@ -106,11 +126,16 @@ def _agreed_affine(image: Any, name: str) -> npt.NDArray[np.float64]:
 
 def _read_itk(path: Path, name: str) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], tuple[ReasonCode, ...]]:
     try:
-        image: Any = sitk.ReadImage(name, sitk.sitkFloat64)
-    except RuntimeError:
+        reader: Any = sitk.ImageFileReader()
+        reader.SetFileName(name)
+        reader.ReadImageInformation()
+        dimensions, components = reader.GetDimension(), reader.GetNumberOfComponents()
+        if dimensions != 3 or components != 1:  # asked before reading: a cast would make colours grey
+            raise ScanError(ReasonCode.NIFTI_NDIM, f"{dimensions} dimensions, {components} components", (name,))
+        reader.SetOutputPixelType(sitk.sitkFloat64)
+        image: Any = reader.Execute()
+    except (RuntimeError, MemoryError):
         raise ScanError(ReasonCode.PIXEL_TRUNCATED, "not readable as NRRD or MetaImage", (name,)) from None
-    if image.GetDimension() != 3 or image.GetNumberOfComponentsPerPixel() != 1:
-        raise ScanError(ReasonCode.NIFTI_NDIM, f"{image.GetDimension()} dimensions", (name,))
     affine = np.eye(4)
     affine[:3, :3] = np.array(image.GetDirection()).reshape(3, 3) * np.array(image.GetSpacing())
     affine[:3, 3] = image.GetOrigin()

@@ -23,13 +23,19 @@ from medvit.io.phantom_anatomy import FINDING_MM, SITES, PhantomPatient, SitePhy
 from medvit.records import ReasonCode
 
 __all__ = [
+    "DAMAGE",
     "FINDING_MM",
+    "JUNK",
     "SITES",
     "Hospital",
     "PhantomPatient",
     "SitePhysics",
     "make_patients",
     "render",
+    "series_uid",
+    "tilt_gantry",
+    "turn_prone",
+    "write_damaged_series",
     "write_hospital",
     "write_labels",
     "write_series",
@@ -47,6 +53,15 @@ DAMAGE: tuple[ReasonCode, ...] = (
     ReasonCode.GANTRY_TILT,
 )
 """One extra patient each, with a label: the whole series must be set aside."""
+
+JUNK: tuple[ReasonCode, ...] = (
+    ReasonCode.NOT_VOLUME,  # localizer
+    ReasonCode.NOT_VOLUME,  # structured report
+    ReasonCode.MODALITY,
+    ReasonCode.DUP_IDENTICAL,
+    ReasonCode.NOT_DICOM,
+)
+"""One file each, in the folders of good patients."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +100,7 @@ def write_hospital(
     Args:
         folder: created; one folder per patient, study and series.
         patients: each gets one usable series.
-        faults: plant junk files, and one extra patient with a label for each of `damage`.
+        faults: plant junk files (`JUNK`), and one extra patient with a label for each of `damage`.
         damage: of the extra patients' series, some of `DAMAGE`.
         seed: of the extra patients.
         labels: where the labels table goes; None is `labels.csv` beside `folder`.
@@ -232,19 +247,14 @@ def _plant_junk(folder: Path, patients: tuple[PhantomPatient, ...]) -> dict[str,
     notes = folder / "notes.txt"
     notes.write_text("Export for the CT study. Ask radiology about the missing ones.\n", encoding="utf-8")
     images = sorted(series_folder(folder, second).iterdir())
-    copy = images[0].with_name("COPY")
+    copy = images[0].with_name(f"{images[0].name}_1")  # after its original in any listing
     copy.write_bytes(images[0].read_bytes())
     _remove_preamble(sorted(series_folder(folder, third).iterdir())[0])
-    junk = {
-        _save(_localizer(first), study / "SE000000" / "IM00001"): ReasonCode.NOT_VOLUME,
-        _save(_text_report(first), study / "SE000009" / "IM00001"): ReasonCode.NOT_VOLUME,
-        _save(_mr_image(second), series_folder(folder, second).parents[1] / "ST000001/SE000001/IM00001"): (
-            ReasonCode.MODALITY
-        ),
-        copy: ReasonCode.DUP_IDENTICAL,
-        notes: ReasonCode.NOT_DICOM,
-    }
-    return {path.relative_to(folder).as_posix(): code for path, code in junk.items()}
+    localizer = _save(_localizer(first), study / "SE000000" / "IM00001")
+    report = _save(_text_report(first), study / "SE000009" / "IM00001")
+    mr = _save(_mr_image(second), series_folder(folder, second).parents[1] / "ST000001/SE000001/IM00001")
+    paths = (path.relative_to(folder).as_posix() for path in (localizer, report, mr, copy, notes))
+    return dict(zip(paths, JUNK, strict=True))
 
 
 def _remove_preamble(path: Path) -> None:

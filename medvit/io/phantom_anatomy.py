@@ -77,7 +77,7 @@ SITES: tuple[SitePhysics, ...] = (
         blur_px=0.8,
         sharpening=0.0,
         noise_hu=10.0,
-        hu_offset=-30.0,
+        hu_offset=-40.0,
         slice_thickness_mm=6.0,
     ),
     SitePhysics(
@@ -87,8 +87,8 @@ SITES: tuple[SitePhysics, ...] = (
         kernel="B70f",
         blur_px=0.0,
         sharpening=1.5,
-        noise_hu=70.0,
-        hu_offset=50.0,
+        noise_hu=50.0,
+        hu_offset=60.0,
         slice_thickness_mm=4.0,
     ),
     SitePhysics(
@@ -99,7 +99,7 @@ SITES: tuple[SitePhysics, ...] = (
         blur_px=0.4,
         sharpening=0.0,
         noise_hu=30.0,
-        hu_offset=10.0,
+        hu_offset=0.0,
         slice_thickness_mm=4.0,
         padding=-2000,
     ),

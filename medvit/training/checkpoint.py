@@ -5,6 +5,7 @@ Lightning and nnU-Net write onto the target itself, and a kill at that moment lo
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -23,9 +24,9 @@ def save(path: Path, tensors: dict[str, Tensor], about: State) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     # clones: safetensors refuses tensors that share memory
-    save_file(
-        {name: t.detach().cpu().clone().contiguous() for name, t in tensors.items()}, part, {"about": json.dumps(about)}
-    )
+    copies = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+    record = json.dumps(about)
+    save_file(copies, part, {"about": record, "sha256": _digest(copies, record)})
     with part.open("rb+") as stream:
         os.fsync(stream.fileno())
     part.replace(path)
@@ -35,10 +36,22 @@ def load(path: Path) -> tuple[dict[str, Tensor], State] | None:
     """Tensors and record; None where there is no whole checkpoint."""
     try:
         with safe_open(path, "pt") as file:
-            about = json.loads(file.metadata()["about"])
-            return {name: file.get_tensor(name) for name in file.keys()}, about  # noqa: SIM118  no mapping
-    except (FileNotFoundError, SafetensorError, OSError):
+            kept = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no mapping
+    except (SafetensorError, OSError):
         return None
+    record = kept.get("about", "")
+    if kept.get("sha256") != _digest(tensors, record):  # safetensors itself has no checksum
+        return None
+    return tensors, json.loads(record)
+
+
+def _digest(tensors: dict[str, Tensor], record: str) -> str:
+    digest = hashlib.sha256(record.encode())
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], State]:

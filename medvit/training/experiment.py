@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +21,7 @@ import torch
 from medvit import __version__
 from medvit.config import Config
 from medvit.data.cache import CaseDataset, FeatureCache, SliceCache, collate
-from medvit.data.pipelines import training_transform
+from medvit.data.pipelines import Slices, training_transform
 from medvit.data.splits import Fold, Indices
 from medvit.inference import Encoder, Model, with_operating_point
 from medvit.models.backbone import WeightReport, normalisation
@@ -66,6 +66,13 @@ class Result:
     histories: tuple[History, ...]
 
 
+class Timing(NamedTuple):
+    """Seconds: to prepare one case once (features of a frozen backbone), and for one training step."""
+
+    prepare_case: float
+    step: float
+
+
 @dataclass
 class Experiment:
     """Everything that stays the same over the folds.
@@ -89,7 +96,8 @@ class Experiment:
     judge: Judge
     reporter: Reporter = field(default_factory=Reporter)
     resume: bool = False
-    weights: WeightReport = field(default_factory=lambda: WeightReport("none"))
+    weights: WeightReport = field(default_factory=lambda: WeightReport("none"), init=False)
+    features: dict[str, npt.NDArray[np.float32]] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         self.labels = np.array([self.classes.index(str(case.label)) for case in self.cases], np.int64)
@@ -146,19 +154,22 @@ class Experiment:
             for number, history in enumerate(histories):
                 stream.writelines(json.dumps({"fold": number, **row}) + "\n" for row in history.rows)
 
-    def time_step(self, train: Indices) -> float:
-        """Seconds of one training step on the first batch, after one to warm up."""
-        model = self._model()
+    def time_step(self, train: Indices) -> Timing:
+        """Time one training step on the first batch of the given cases, after one to warm up."""
+        few = replace(self, cases=[self.cases[index] for index in train[: self.config.training.batch_size]])
+        model = few._model()
+        everyone = np.arange(len(few.cases))
         objective = self._objective(model.encoder.classifier, train)
-        stage = self.config.training.stages[-1]
-        objective.classifier.freeze_backbone(stage.trainable == "head")
-        dataset = self._dataset(model.encoder, train[: self.config.training.batch_size])
+        objective.classifier.freeze_backbone(self.config.training.stages[-1].trainable == "head")
+        began = time.perf_counter()
+        dataset = few._dataset(model.encoder, everyone)
+        prepare = (time.perf_counter() - began) / len(everyone)
         took = 0.0
         for _ in range(2):
             began = time.perf_counter()
             objective(collate([dataset[index] for index in range(len(dataset))]), 0.0)["loss"].backward()
             took = time.perf_counter() - began
-        return took
+        return Timing(prepare, took)
 
     def _run_settings(self, folder: Path) -> Run:
         return Run(
@@ -230,33 +241,44 @@ class Experiment:
         settings = json.dumps([prep.model_dump(mode="json"), encoder.mean, encoder.std, model])
         cache = FeatureCache(self.slices, f"{settings} {self.weights.sha256} {self.config.training.seed}")
 
-        def load(case: Case) -> npt.NDArray[np.float32]:
-            found = cache.load(case)
-            if found is None:
-                found = encoder.encode(self.slices.load(case))
-                cache.save(case, found)
-            return found
+        missing = [case for case in self.cases if case.case_id not in self.features and cache.load(case) is None]
+        self._encode(missing, encoder, cache)
 
-        missing = [case for case in self.cases if cache.load(case) is None]
+        def load(case: Case) -> npt.NDArray[np.float32]:
+            if case.case_id not in self.features:
+                self.features[case.case_id] = np.array(cache.load(case))
+            return self.features[case.case_id]
+
+        return load
+
+    def _encode(self, missing: Sequence[Case], encoder: Encoder, cache: FeatureCache) -> None:
+        """Compute features, many small cases at once, and keep them in the cache."""
         if missing:
             self.reporter.start("features of the frozen backbone", len(missing))
-            for case in missing:
-                load(case)
+        pending: list[tuple[Case, Slices]] = []
+        for number, case in enumerate(missing, 1):
+            pending.append((case, self.slices.load(case)))
+            if sum(len(slices) for _, slices in pending) < encoder.batch_slices and number < len(missing):
+                continue
+            encoded = encoder.encode(np.concatenate([slices for _, slices in pending]))
+            ends = np.cumsum([len(slices) for _, slices in pending])[:-1]
+            for (done, _), features in zip(pending, np.split(encoded, ends), strict=True):
+                cache.save(done, features)
                 self.reporter.step("")
-        return load
+            pending = []
 
     def _predict(self, model: Model, chosen: Indices) -> list[Prediction]:
         """Predictions of the chosen cases, the numbers of `Model.predict`; features from the cache where frozen."""
         if not self.frozen:
             return [model.predict_slices(self.slices.load(self.cases[i]), self.cases[i]) for i in chosen]
         features = self._features(model.encoder)
-        predictions = []
-        for case in (self.cases[index] for index in chosen):
-            found = features(case)
-            looked_at = model.encoder.choose(len(found))
-            logits, weights = model.encoder.study(found[looked_at])
-            predictions.append(model.prediction(case, logits, looked_at, weights))
-        return predictions
+        cases = [self.cases[index] for index in chosen]
+        looked_at = [model.encoder.choose(len(features(case))) for case in cases]
+        outputs = model.encoder.studies([features(case)[at] for case, at in zip(cases, looked_at, strict=True)])
+        return [
+            model.prediction(case, logits, at, weights)
+            for case, at, (logits, weights) in zip(cases, looked_at, outputs, strict=True)
+        ]
 
     def _validate(self, model: Model, chosen: Indices) -> Metrics:
         labels, probabilities = self._table(self._predict(model, chosen))

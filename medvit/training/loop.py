@@ -8,6 +8,7 @@ epoch a given function judges the model on validation cases, and the best epoch 
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -30,6 +31,8 @@ from medvit.training import checkpoint
 Metrics = dict[str, float]
 
 BACKBONE = "classifier.backbone."
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -94,7 +97,7 @@ def fit(
         run: where and how.
 
     Raises:
-        MedvitError: the loss is not finite.
+        MedvitError: the loss or its gradient is not finite, or a checkpoint is of another configuration.
     """
     torch.manual_seed(config.seed)
     run.folder.mkdir(parents=True, exist_ok=True)
@@ -128,7 +131,9 @@ class _Session:
         self.checkpoints = run.folder / "checkpoints"
 
     def train(self) -> None:
-        resumed = self._resume() if self.run.resume else None
+        if not self.run.resume:
+            self._forget()
+        resumed = self._resume()
         wanted = min(self.epochs, self.run.stop_after or self.epochs)
         first = 0
         for stage in self.config.stages:
@@ -166,9 +171,14 @@ class _Session:
             with self.fabric.no_backward_sync(model, enabled=not closes):
                 loss = model(batch, progress)["loss"]
                 self.fabric.backward(loss / in_group)
-            total += self._finite(float(loss.detach()), epoch)
+            total += self._finite(float(loss.detach()), "loss", epoch)
             if closes:
-                self.fabric.clip_gradients(model, optimizer, max_norm=self.config.clip_norm)
+                norm: Any = self.fabric.clip_gradients(
+                    model, optimizer, max_norm=self.config.clip_norm, error_if_nonfinite=False
+                )
+                # fp16's scaler meets infinite gradients by plan: it skips the step and lowers its scale
+                if getattr(self.fabric.strategy.precision, "scaler", None) is None:
+                    self._finite(float(norm), "gradient", epoch)
                 optimizer.step()
                 optimizer.zero_grad()
                 scheduler.step()
@@ -186,13 +196,13 @@ class _Session:
             num_workers=self.run.workers,
         )
 
-    def _finite(self, loss: float, epoch: int) -> float:
-        if not math.isfinite(loss):
+    def _finite(self, value: float, what: str, epoch: int) -> float:
+        if not math.isfinite(value):
             raise MedvitError(
-                f"the loss became {loss} in epoch {epoch + 1}; the weights of the last whole epoch are in "
+                f"the {what} became {value} in epoch {epoch + 1}; the weights of the last whole epoch, if any, are in "
                 f"{self.checkpoints}. Lower the learning rate (training.stages.0.lr) and start again."
             )
-        return loss
+        return value
 
     def _finish_epoch(self, stage: Stage, epoch: int, loss: float, optimizer: Any, scheduler: LambdaLR) -> None:
         row: dict[str, Any] = {"epoch": epoch + 1, "stage": stage.name, "loss": loss, "lr": scheduler.get_last_lr()[0]}
@@ -218,16 +228,24 @@ class _Session:
         tensors |= {f"objective.{name}": value for name, value in self._weights().items()}
         about = {
             "optimizer": groups,
-            "scheduler": {key: value for key, value in scheduler.state_dict().items() if key != "lr_lambdas"},
+            "scheduler": scheduler.state_dict(),
             "rows": self.history.rows,
             "best_epoch": self.history.best_epoch,
             "best_score": self.history.best_score,
         }
         checkpoint.save(self.checkpoints / "last.safetensors", tensors, about)
 
+    def _forget(self) -> None:
+        """Remove the checkpoints of an earlier fit, lest a later resume takes them for this one's."""
+        for name in ("last.safetensors", "best.safetensors"):
+            (self.checkpoints / name).unlink(missing_ok=True)
+
     def _resume(self) -> tuple[dict[str, Tensor], Any] | None:
-        found = checkpoint.load(self.checkpoints / "last.safetensors")
+        path = self.checkpoints / "last.safetensors"
+        found = checkpoint.load(path)
         if found is None:
+            if path.exists():
+                _log.warning("%s is damaged: training starts again from its first epoch", path)
             return None
         tensors, about = found
         prefix = "objective."
@@ -252,9 +270,10 @@ class _Session:
         return {name: value for name, value in state.items() if not name.startswith(BACKBONE)}
 
     def _put(self, weights: dict[str, Tensor]) -> None:
-        missing, unexpected = self.objective.load_state_dict(weights, strict=False)
-        if unexpected or any(not name.startswith(BACKBONE) for name in missing):
+        shapes = {name: value.shape for name, value in self._weights().items()}
+        if shapes != {name: value.shape for name, value in weights.items()}:
             raise MedvitError(f"{self.checkpoints}: made by another configuration. Train into a new folder.")
+        self.objective.load_state_dict(weights, strict=False)
 
 
 def warmup_cosine(stage: Stage, steps: int) -> Callable[[int], float]:
@@ -262,7 +281,7 @@ def warmup_cosine(stage: Stage, steps: int) -> Callable[[int], float]:
 
     The first step is already above zero, and no group rises again past the end.
     """
-    warm = round(stage.warmup * steps)
+    warm = min(round(stage.warmup * steps), steps - 1)  # one step at least is at the peak
 
     def factor(step: int) -> float:
         if step < warm:

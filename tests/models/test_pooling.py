@@ -80,10 +80,7 @@ def test_attention_is_the_published_formula(features):
     pooled, weights = pooling(features, torch.ones(2, 3, dtype=torch.bool))
     for study in range(2):  # Ilse et al. 2018, equation 9, slice by slice
         scores = torch.stack(
-            [
-                pooling.score(torch.tanh(pooling.value(h)) * torch.sigmoid(pooling.gate(h)))[0]
-                for h in features[study]
-            ]
+            [pooling.score(torch.tanh(pooling.value(h)) * torch.sigmoid(pooling.gate(h)))[0] for h in features[study]]
         )
         expected = torch.exp(scores) / torch.exp(scores).sum()
         torch.testing.assert_close(weights[study], expected)

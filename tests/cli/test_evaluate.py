@@ -1,0 +1,46 @@
+import csv
+import random
+
+import pytest
+
+from medvit.cli import evaluate
+
+
+@pytest.fixture
+def unfair(tmp_path):
+    """Predictions that serve one site worse, from 400 patients."""
+    rng = random.Random(1)
+    path = tmp_path / "predictions.csv"
+    with path.open("w", newline="") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(("case_id", "patient_id", "label", "p_0", "p_1", "site", "sex", "threshold"))
+        for number in range(400):
+            label, site = number % 2, "AB"[number // 2 % 2]
+            right = rng.random() < (0.95 if site == "A" else 0.6)
+            score = 0.8 if (label == 1) == right else 0.2
+            writer.writerow((f"c{number}", f"p{number}", label, 1 - score, score, site, "FM"[number // 4 % 2], 0.5))
+    return path
+
+
+def test_report_of_a_run(trained, tmp_path, capsys):
+    assert evaluate.main([str(trained), "--output", str(tmp_path / "report")]) == 0
+    assert (tmp_path / "report" / "report.html").is_file()
+    assert "AUROC" in capsys.readouterr().out
+
+
+def test_model_on_another_labelled_folder(trained, export, tmp_path):
+    arguments = [str(trained), str(export.folder), "--labels", str(export.labels), "--output", str(tmp_path / "report")]
+    assert evaluate.main(arguments) == 3
+    assert (tmp_path / "report" / "predictions.csv").is_file()
+    assert not list((tmp_path / "report").glob(".cache-*"))
+
+
+def test_gate_refuses_what_serves_a_site_worse(unfair, tmp_path):
+    arguments = ["--predictions", str(unfair), "--output", str(tmp_path / "report")]
+    assert evaluate.main(arguments) == 0
+    assert evaluate.main([*arguments, "--gate"]) == 4
+
+
+@pytest.mark.parametrize("arguments", [[], ["run", "--predictions", "x.csv"], ["--predictions", "nowhere.csv"]])
+def test_wrong_usage_ends_with_2(arguments, tmp_path):
+    assert evaluate.main([*arguments, "--output", str(tmp_path)]) == 2

@@ -1,0 +1,87 @@
+import csv
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from medvit.cli import predict
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8-sig", newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+@pytest.fixture
+def results(export, trained, tmp_path) -> Path:
+    assert predict.main([str(export.folder), "--model", str(trained), "--output", str(tmp_path / "out")]) == 3
+    return tmp_path / "out"
+
+
+def test_every_study_has_a_prediction_or_a_reason(results, export):
+    predicted = rows(results / "predictions.csv")
+    assert len(predicted) == export.patients
+    assert all(row["model_sha256"] and row["threshold"] for row in predicted)
+    aside = {row["code"] for row in rows(results / "quarantine.csv")}
+    assert {"SLICE_MISSING", "PIXEL_TRUNCATED", "RESCALE_MISSING", "GANTRY_TILT"} <= aside
+
+
+def test_second_run_adds_nothing_and_repeats_nothing(results, export, trained, capsys):
+    before = {name: (results / name).read_bytes() for name in ("predictions.csv", "quarantine.csv")}
+    capsys.readouterr()
+    assert predict.main([str(export.folder), "--model", str(trained), "--output", str(results)]) == 3
+    assert f"0 studies predicted, {export.patients} already done" in capsys.readouterr().out
+    assert before == {name: (results / name).read_bytes() for name in before}
+
+
+def test_new_slices_supersede_and_do_not_duplicate(export, trained, tmp_path, capsys):
+    folder = tmp_path / "folder"
+    shutil.copytree(export.folder, folder)
+    arguments = [str(folder), "--model", str(trained), "--output", str(tmp_path / "out")]
+    predict.main(arguments)
+    first = next(path for path in sorted(folder.rglob("IM*")))
+    os.utime(first, (1, 1))
+    capsys.readouterr()
+    predict.main(arguments)
+    shown = capsys.readouterr().out
+    assert "already done" in shown
+    assert len(rows(tmp_path / "out" / "predictions.csv")) == export.patients
+
+
+def test_results_of_two_models_are_not_mixed(results, export, train_tiny, tmp_path, capsys):
+    train_tiny(tmp_path / "other", "training.seed=3", "training.stages.0.epochs=1")
+    arguments = [str(export.folder), "--model", str(tmp_path / "other"), "--output", str(results)]
+    assert predict.main(arguments) == 2
+    assert "another model" in capsys.readouterr().err
+
+
+def test_one_case_that_crashes_does_not_stop_the_others(export, trained, tmp_path, monkeypatch):
+    from medvit.deployment import batch  # noqa: PLC0415
+
+    read, calls = batch.read_case, []
+
+    def crash_first(case, **settings):
+        calls.append(case)
+        if len(calls) == 1:
+            raise ZeroDivisionError("SECRET^NAME")
+        return read(case, **settings)
+
+    monkeypatch.setattr(batch, "read_case", crash_first)
+    assert predict.main([str(export.folder), "--model", str(trained), "--output", str(tmp_path / "out")]) == 3
+    assert len(rows(tmp_path / "out" / "predictions.csv")) == export.patients - 1
+    crashed = [row for row in rows(tmp_path / "out" / "quarantine.csv") if row["code"] == "WORKER_DIED"]
+    assert crashed
+    assert all("SECRET" not in row["detail"] for row in crashed)
+
+
+@pytest.mark.parametrize("kind", ["no model", "changed"])
+def test_wrong_model_ends_with_2(kind, export, trained, tmp_path, capsys):
+    model = tmp_path / "model"
+    if kind == "changed":
+        shutil.copytree(trained / "bundle", model)
+        with (model / "model.safetensors").open("r+b") as stream:
+            stream.seek(-1, 2)
+            stream.write(b"\x55")
+    assert predict.main([str(export.folder), "--model", str(model), "--output", str(tmp_path / "out")]) == 2
+    assert "error:" in capsys.readouterr().err

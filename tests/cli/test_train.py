@@ -1,0 +1,196 @@
+import csv
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+import medvit
+from medvit import io
+from medvit.cli import train
+from tests.cli.conftest import TINY
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8-sig", newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def test_run_folder_is_complete_and_holds_no_identity(trained, site):
+    names = {path.name for path in trained.iterdir()}
+    assert {"config.yaml", "cases.csv", "metrics.jsonl", "checkpoints", "bundle", "predictions.csv", "report"} <= names
+    identity = {row["patient_id"] for row in rows(site.labels)}
+    for path in trained.rglob("*"):
+        if path.is_file() and path.suffix in {".csv", ".json", ".jsonl", ".yaml", ".html"}:
+            text = path.read_text(encoding="utf-8-sig")
+            assert not any(name in text for name in identity), path
+        assert not any(name in path.name for name in identity)
+
+
+def test_each_patient_stands_on_one_side_and_test_cases_are_predicted_once(trained):
+    cases = rows(trained / "cases.csv")
+    assert len({row["patient_id"] for row in cases}) == len(cases)
+    held_out = {row["case_id"] for row in cases if row["split"] == "test"}
+    predicted = [row["case_id"] for row in rows(trained / "predictions.csv")]
+    assert sorted(predicted) == sorted(held_out)
+
+
+def test_metrics_have_one_row_per_epoch(trained):
+    lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [1, 2]
+    assert {"loss", "val_auroc", "val_loss", "lr"} <= set(lines[0])
+
+
+def test_bundle_predicts_what_the_run_wrote(trained, site):
+    model = medvit.load_bundle(trained)
+    written = {row["series_uid"]: float(row["p_1"]) for row in rows(trained / "predictions.csv")}
+    series = next(one for one in io.scan_folder(site.folder).series if one.uid in written)
+    (prediction,) = model.predict([io.read(series)])
+    assert prediction.probabilities["1"] == pytest.approx(written[series.uid], abs=1e-5)
+
+
+def test_folds_predict_every_case_out_of_fold(train_tiny, site, tmp_path):
+    assert train_tiny(tmp_path / "run", "data.folds=3", "training.stages.0.epochs=1") == 3
+    predictions = rows(tmp_path / "run" / "predictions.csv")
+    assert len(predictions) == site.patients
+    assert {row["fold"] for row in predictions} == {"0", "1", "2"}
+
+
+def test_dry_run_writes_nothing(train_tiny, tmp_path, capfd):
+    assert train_tiny(tmp_path / "run", "--dry-run", "data.cache_dir=" + str(tmp_path / "cache")) == 0
+    assert not (tmp_path / "run").exists()
+    shown = capfd.readouterr().err
+    assert "split:" in shown
+    assert "minutes" in shown
+
+
+def test_killed_run_continues_to_the_same_predictions(site, trained, tmp_path):
+    output = tmp_path / "run"
+    arguments = [str(site.folder), "--labels", str(site.labels), "--output", str(output), *TINY]
+    process = subprocess.Popen([sys.executable, "-W", "ignore", "-m", "medvit.cli", "train", *arguments])
+    checkpoint = output / "checkpoints" / "fold0" / "last.safetensors"
+    deadline = time.monotonic() + 120
+    while not checkpoint.exists() and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert checkpoint.exists()
+    assert train.main([*arguments]) == 2  # an existing run is not overwritten
+    assert train.main([*arguments, "--resume"]) == 3
+    continued = {row["case_id"]: row["p_1"] for row in rows(output / "predictions.csv")}
+    assert continued == {row["case_id"]: row["p_1"] for row in rows(trained / "predictions.csv")}
+
+
+def test_resume_with_other_settings_is_refused(train_tiny, trained, tmp_path, capsys):
+    shutil.copytree(trained, tmp_path / "run")
+    assert train_tiny(tmp_path / "run", "--resume", "training.seed=5") == 2
+    assert "other settings" in capsys.readouterr().err
+
+
+def test_given_split_that_leaks_a_patient_ends_with_4(site, tmp_path, capsys):
+    found = io.scan_folder(site.folder)
+    usable = [series for series in found.series if series.usable]
+    first = usable[0]
+    files = [(name, first.uid) for name in first.files] + [(s.files[0], s.uid) for s in usable[1:]]
+    with (tmp_path / "labels.csv").open("w") as stream:
+        stream.write("path,label,split\n")
+        for number, (name, _) in enumerate(files):
+            stream.write(f"{site.folder / name},{number % 2},{('train', 'val', 'test')[number % 3]}\n")
+    arguments = [str(site.folder), "--labels", str(tmp_path / "labels.csv"), "--output", str(tmp_path / "run"), *TINY]
+    assert train.main(arguments) == 4
+    assert "LEAKAGE" in capsys.readouterr().err
+
+
+def labels(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def table(site, change) -> str:
+    lines = site.labels.read_text().splitlines()
+    return "\n".join(change(lines)) + "\n"
+
+
+WRONG_LABELS = {
+    "no key column": (lambda lines: ["name,label", "a,1", "b,0"], "no key column"),
+    "no match": (lambda lines: ["patient_id,label", "nobody,1", "noone,0"], "none of 2 rows matches"),
+    "one class": (lambda lines: [lines[0], *(row.replace(",0,", ",1,") for row in lines[1:])], "two classes"),
+    "no label column": (lambda lines: [lines[0].replace("label", "finding"), *lines[1:]], "no column 'label'"),
+    "contradiction": (lambda lines: [*lines, lines[1].replace(",0,", ",9,").replace(",1,", ",9,")], "contradict"),
+    "empty": (lambda lines: [lines[0]], "no rows"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_LABELS)
+def test_wrong_labels_end_with_2_and_say_what_is_needed(name, site, tmp_path, capsys):
+    change, message = WRONG_LABELS[name]
+    path = labels(tmp_path / "labels.csv", table(site, change))
+    assert train.main([str(site.folder), "--labels", str(path), "--output", str(tmp_path / "run"), *TINY]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_key_columns_that_contradict_each_other_name_the_lines(site, tmp_path, capsys):
+    series = [one for one in io.scan_folder(site.folder).series if one.usable]
+    text = "series_uid,patient_id,label\n" + "".join(f"{s.uid},WRONG,{n % 2}\n" for n, s in enumerate(series))
+    path = labels(tmp_path / "labels.csv", text)
+    assert train.main([str(site.folder), "--labels", str(path), "--output", str(tmp_path / "run"), *TINY]) == 2
+    shown = capsys.readouterr().err
+    assert "'patient_id' contradicts" in shown
+    assert "line 2" in shown
+
+
+def weights_file(path: Path, kind: str, trained: Path) -> Path:
+    if kind == "truncated":
+        whole = (trained / "bundle" / "model.safetensors").read_bytes()
+        path.write_bytes(whole[: len(whole) // 2])
+    elif kind == "other":
+        save_file({k: v for k, v in load_file(trained / "bundle" / "model.safetensors").items() if "blocks" in k}, path)
+    return path
+
+
+WRONG_SETTINGS = {
+    "unknown key": (["training.batchsize=3"], "training.batch_size"),
+    "unknown section": (["trainer.epochs=3"], "unknown config key"),
+    "too few patients": (["data.folds=40"], "data.folds"),
+    "no config": (["--config", "nowhere.yaml"], "no such file"),
+    "unknown model": (["model.name=vit_nonsense"], "timm cannot build"),
+    "size": (["preprocessing.size=30"], "no multiple"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_SETTINGS)
+def test_wrong_settings_end_with_2(name, train_tiny, tmp_path, capsys):
+    extra, message = WRONG_SETTINGS[name]
+    assert train_tiny(tmp_path / "run", *extra) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"), [("missing", "no such file"), ("truncated", "cut short"), ("other", "fit")]
+)
+def test_wrong_weights_end_with_2(kind, message, train_tiny, trained, tmp_path, capsys):
+    path = weights_file(tmp_path / "weights.safetensors", kind, trained)
+    assert train_tiny(tmp_path / "run", f"model.weights={path}") == 2
+    assert message in capsys.readouterr().err
+
+
+def test_unreachable_hub_ends_with_2(site, tmp_path):
+    arguments = [str(site.folder), "--labels", str(site.labels), "--output", str(tmp_path / "run"), *TINY]
+    command = [sys.executable, "-m", "medvit.cli", "train", *arguments, "model.weights=hub", "model.options={}"]
+    environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "MEDVIT_SITE_KEY": "test", "PATH": ""}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "hub is not reachable" in done.stderr
+
+
+def test_folder_without_ct_ends_with_2(tmp_path, site, capsys):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "readme.txt").write_text("nothing")
+    arguments = [str(tmp_path / "folder"), "--labels", str(site.labels), "--output", str(tmp_path / "run"), *TINY]
+    assert train.main(arguments) == 2
+    assert "no CT" in capsys.readouterr().err

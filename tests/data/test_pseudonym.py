@@ -1,0 +1,30 @@
+"""Hashes that one site can join and nobody else."""
+
+import stat
+
+from medvit.data import pseudonym as module
+from medvit.data.pseudonym import pseudonym, site_key
+
+
+def test_same_key_same_hash_and_another_key_another(monkeypatch):
+    one = pseudonym("patient", "Mueller-0815")
+    assert pseudonym("patient", "Mueller-0815") == one
+    monkeypatch.setenv("MEDVIT_SITE_KEY", "other")
+    assert pseudonym("patient", "Mueller-0815") != one
+
+
+def test_kinds_and_borders_between_identifiers_count():
+    hashes = {pseudonym("patient", "1"), pseudonym("case", "1"), pseudonym("case", "1", "2"), pseudonym("case", "12")}
+    assert len(hashes) == 4
+    assert all(len(name) == 16 and set(name) <= set("0123456789abcdef") for name in hashes)
+
+
+def test_key_file_is_made_once_and_private(monkeypatch, tmp_path):
+    path = tmp_path / "config" / "site.key"
+    monkeypatch.delenv("MEDVIT_SITE_KEY")
+    monkeypatch.setattr(module, "site_key_path", lambda: path)
+    key = site_key()
+    assert (site_key(), path.read_bytes(), len(key)) == (key, key, 64)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    module._stored_key.cache_clear()
+    assert site_key() == key

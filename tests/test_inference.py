@@ -1,0 +1,176 @@
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from medvit.config import ModelConfig
+from medvit.data.pipelines import prepare_slices
+from medvit.inference import Encoder, Model, load_bundle, softmax, with_operating_point
+from medvit.models.bundle import BundleInfo, open_bundle, save_bundle
+from medvit.models.classifier import build_classifier
+from medvit.records import Preprocessing, Scan, ScanHeader, UsageError
+
+PREPROCESSING = Preprocessing(windows=("soft_tissue", (-600.0, 1500.0)), size=32, predict_slices=5)
+MEAN, STD = (0.4, 0.3), (0.2, 0.25)
+ARCHITECTURE = ModelConfig(
+    name="vit_tiny_patch16_224",
+    weights="none",
+    options={"depth": 2, "embed_dim": 32, "num_heads": 2, "patch_size": 8, "proj_drop_rate": 0.2},
+    dropout=0.3,
+    drop_path=0.2,
+)
+
+
+def scan(seed: int, slices: int = 9) -> Scan:
+    rng = np.random.default_rng(seed)
+    hu = rng.normal(40 * seed, 150, (slices, 32, 32)).astype(np.float32)
+    affine = np.diag([1.0, 1.0, 2.5, 1.0])
+    return Scan(
+        hu=hu, affine=affine, header=ScanHeader(patient_id=f"Anna{seed}", series_uid=f"1.2.{seed}", site="North")
+    )
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run folder with a bundle in it, trained on nothing."""
+    folder = tmp_path_factory.mktemp("run")
+    torch.manual_seed(0)
+    classifier, _ = build_classifier(ARCHITECTURE, size=32, channels=2, classes=2)
+    info = BundleInfo(
+        architecture=ARCHITECTURE,
+        preprocessing=PREPROCESSING,
+        mean=MEAN,
+        std=STD,
+        classes=("none", "bleed"),
+        threshold=0.5,
+        temperature=1.5,
+    )
+    save_bundle(folder / "bundle", classifier, info)
+    return folder
+
+
+@pytest.fixture
+def model(run) -> Model:
+    return load_bundle(run)
+
+
+def probability(model: Model, *scans: Scan) -> list[float]:
+    return [prediction.probabilities["bleed"] for prediction in model.predict(scans)]
+
+
+@torch.inference_mode()
+def by_hand(run, one: Scan) -> np.ndarray:
+    """Windows, normalisation, middle slice of each fifth, network, temperature: all spelled out."""
+    classifier, info = open_bundle(run)
+    count = len(one.hu)
+    chosen = range(count) if count <= 5 else [int((k + 0.5) * count / 5) for k in range(5)]
+    planes = torch.from_numpy(prepare_slices(one, PREPROCESSING)[list(chosen)].astype(np.float32))
+    channels = []
+    for (level, width), mean, std in zip(((40, 400), (-600, 1500)), MEAN, STD, strict=True):
+        channels.append((((planes - (level - width / 2)) / width).clamp(0, 1) - mean) / std)
+    logits = classifier(torch.stack(channels, dim=1)[None], torch.ones(1, len(planes), dtype=torch.bool)).logits[0]
+    return (logits / info.temperature).softmax(dim=0).numpy()
+
+
+@pytest.mark.parametrize("slices", [1, 5, 9])
+def test_prediction_equals_the_computation_by_hand(slices, run, model):
+    (prediction,) = model.predict([scan(1, slices)])
+    np.testing.assert_allclose(list(prediction.probabilities.values()), by_hand(run, scan(1, slices)), atol=1e-5)
+
+
+@pytest.mark.parametrize("batch_slices", [1, 2, 4])
+def test_chunks_do_not_change_the_prediction(batch_slices, run, model):
+    chunked = load_bundle(run, batch_slices=batch_slices)
+    np.testing.assert_allclose(probability(chunked, scan(1)), probability(model, scan(1)), atol=1e-5)
+
+
+def test_prediction_does_not_depend_on_other_scans(model):
+    together = probability(model, scan(1), scan(2, 3), scan(3, 20))
+    assert together == [*probability(model, scan(1)), *probability(model, scan(2, 3)), *probability(model, scan(3, 20))]
+
+
+def test_scans_differ(model):
+    assert len(set(probability(model, scan(1), scan(2), scan(3)))) == 3
+
+
+def test_prediction_is_the_same_twice(model):
+    assert probability(model, scan(1)) == probability(model, scan(1))
+
+
+def test_bundle_and_run_folder_give_the_same_model(run, model):
+    assert probability(load_bundle(run / "bundle"), scan(1)) == probability(model, scan(1))
+
+
+def test_folder_without_a_model_is_refused(tmp_path):
+    with pytest.raises(UsageError, match=r"bundle\.json"):
+        load_bundle(tmp_path)
+
+
+@pytest.mark.parametrize("slices", [1, 3, 5, 6, 40])
+def test_looks_at_no_more_slices_than_set(slices, model):
+    (prediction,) = model.predict([scan(1, slices)])
+    seen = [index for index, _ in prediction.slice_weights]
+    assert len(seen) == len(set(seen)) == min(slices, 5)
+    assert set(seen) <= set(range(slices))
+
+
+def test_slice_weights_sum_to_one(model):
+    (prediction,) = model.predict([scan(1)])
+    assert sum(weight for _, weight in prediction.slice_weights) == pytest.approx(1, abs=1e-5)
+
+
+def test_probabilities_sum_to_one(model):
+    (prediction,) = model.predict([scan(1)])
+    assert sum(prediction.probabilities.values()) == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.parametrize("logits", [[1e4, -1e4, 0.0], [-1e4, -1e4, -1e4], [0.1, 0.2, 0.3]])
+def test_softmax_is_finite_and_sums_to_one(logits):
+    found = softmax(np.array(logits, np.float32))
+    assert np.isfinite(found).all()
+    assert found.sum() == pytest.approx(1)
+
+
+@pytest.mark.parametrize(("threshold", "decision"), [(0.0, "bleed"), (1.0, "none")])
+def test_threshold_of_the_bundle_decides(threshold, decision, model):
+    model = dataclasses.replace(model, info=model.info.model_copy(update={"threshold": threshold}))
+    assert model.predict([scan(1)])[0].predicted == decision
+
+
+def test_threshold_itself_is_positive(model):
+    predictions = model.predict([scan(1)])
+    at = predictions[0].probabilities["bleed"]
+    assert with_operating_point(predictions, at)[0].predicted == "bleed"
+
+
+def test_other_operating_point_changes_nothing_but_the_decision(model):
+    (prediction,) = model.predict([scan(1)])
+    (moved,) = with_operating_point([prediction], 0.9)
+    assert dataclasses.replace(moved, threshold=prediction.threshold) == prediction
+
+
+def test_prediction_carries_the_hash_of_the_model(run, model):
+    assert model.predict([scan(1)])[0].model_sha256 == open_bundle(run)[1].weights_sha256
+
+
+def test_prediction_carries_no_identifier_of_the_patient(model):
+    (prediction,) = model.predict([scan(1)])
+    assert "Anna1" not in str(prediction)
+    assert prediction.patient_id
+    assert prediction.site == "North"
+
+
+def test_features_are_of_the_slices_that_a_prediction_looks_at(model):
+    (features,) = model.features([scan(1)])
+    logits, _ = model.encoder.study(features)
+    np.testing.assert_allclose(softmax(logits, 1.5)[1], probability(model, scan(1))[0], atol=1e-6)
+
+
+def test_encoding_in_the_middle_of_training_has_no_dropout_and_leaves_training_mode(run):
+    classifier = open_bundle(run)[0].train()
+    encoder = Encoder(classifier, PREPROCESSING, MEAN, STD)
+    slices = prepare_slices(scan(1), PREPROCESSING)
+    np.testing.assert_array_equal(encoder.encode(slices), encoder.encode(slices))
+    assert classifier.training
+    assert classifier.backbone.training

@@ -1,0 +1,259 @@
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+from safetensors.torch import load_file
+
+from medvit.config import Config
+from medvit.data.cache import SliceCache
+from medvit.data.splits import Fold
+from medvit.inference import load_bundle
+from medvit.models.bundle import open_bundle
+from medvit.records import Case
+from medvit.training.experiment import Experiment, Judge, Result
+
+CLASSES = ("none", "bleed")
+COUNT = 10
+LABELS = [CLASSES[index % 2] for index in range(COUNT)]
+FOLDS = [
+    Fold(np.array([0, 1, 2]), np.array([3, 4]), np.array([5, 6, 7, 8, 9])),
+    Fold(np.array([5, 6, 7]), np.array([8, 9]), np.array([0, 1, 2, 3, 4])),
+]
+STAGES = {
+    "all": [{"epochs": 2, "lr": 1e-2}],
+    "frozen": [{"epochs": 2, "lr": 1e-2, "trainable": "head"}],
+}
+
+
+@pytest.fixture(scope="session")
+def root(tmp_path_factory) -> Path:
+    """One small NIfTI per case; class `bleed` is brighter; the fifth has a single slice."""
+    folder = tmp_path_factory.mktemp("hospital")
+    rng = np.random.default_rng(0)
+    for index in range(COUNT):
+        depth = 1 if index == 5 else 6
+        hu = rng.normal(60 * (index % 2), 30, (32, 32, depth)).astype(np.int16)
+        nib.save(nib.Nifti1Image(hu, np.diag([1.0, 1.0, 3.0, 1.0])), folder / f"{index}.nii")
+    return folder
+
+
+def cases_of(root: Path, labels: list[str]) -> list[Case]:
+    return [
+        Case(
+            case_id=f"case{index}",
+            patient_id=f"patient-{index:04d}",
+            group=f"patient-{index:04d}",
+            root=str(root),
+            files=(f"{index}.nii",),
+            label=label,
+            site="North",
+            acquisition={"kernel": "H30s", "slice_thickness_mm": "3"},
+        )
+        for index, label in enumerate(labels)
+    ]
+
+
+class Recorder:
+    """A judge that writes down what it was asked, and answers from a script."""
+
+    def __init__(self, scores: tuple[float, ...] = ()) -> None:
+        self.scores, self.points = list(scores), []
+        self.asked: list[int] = []
+
+    def judge(self) -> Judge:
+        def score(labels: np.ndarray, probabilities: np.ndarray) -> float:
+            self.asked.append(len(labels))
+            return self.scores.pop(0) if self.scores else 0.5
+
+        def point(labels: np.ndarray, probabilities: np.ndarray) -> float:
+            self.points.append((labels.tolist(), probabilities))
+            return len(self.points) / 10
+
+        return Judge(score, point)
+
+
+def make(root: Path, folder: Path, *, mode: str = "all", labels: list[str] = LABELS, recorder=None, **training: Any):
+    config = Config.model_validate(
+        {
+            "preprocessing": {"size": 32, "train_slices": 2, "predict_slices": 4},
+            "data": {"folds": 2, "augment": None},
+            "model": {
+                "name": "vit_tiny_patch16_224",
+                "weights": "none",
+                "options": {"depth": 1, "embed_dim": 16, "num_heads": 2, "patch_size": 16},
+            },
+            "training": {"stages": STAGES[mode], "batch_size": 2, "device": "cpu", "threads": 1, **training},
+        }
+    )
+    slices = SliceCache(folder / "cache", config.preprocessing)
+    judge = (recorder or Recorder()).judge()
+    return Experiment(config, cases_of(root, labels), CLASSES, slices, folder, judge)
+
+
+@pytest.fixture(scope="module", params=STAGES)
+def done(request, root, tmp_path_factory) -> tuple[Experiment, Result, Recorder]:
+    """Two folds and the refit, where fold 1 is best in epoch 2 and fold 2 in epoch 1."""
+    recorder = Recorder((0.1, 0.9, 0.8, 0.2))
+    experiment = make(root, tmp_path_factory.mktemp(request.param), mode=request.param, recorder=recorder)
+    return experiment, experiment.run(FOLDS), recorder
+
+
+def fold_weights(folder: Path, number: int) -> dict[str, Any]:
+    return load_file(folder / "checkpoints" / f"fold{number}" / "checkpoints" / "best.safetensors")
+
+
+def test_each_case_is_predicted_exactly_once_out_of_fold(done):
+    _, result, _ = done
+    assert sorted(prediction.case_id for prediction in result.predictions) == sorted(f"case{i}" for i in range(COUNT))
+    for prediction in result.predictions:
+        assert int(prediction.case_id[4:]) in FOLDS[prediction.fold].test
+
+
+def test_labels_stay_with_their_cases(done):
+    assert all(prediction.label == LABELS[int(prediction.case_id[4:])] for prediction in done[1].predictions)
+
+
+def test_epochs_are_chosen_on_validation_cases(done):
+    _, result, recorder = done
+    assert recorder.asked == [2, 2, 2, 2]  # two folds of two epochs, two validation cases each
+    assert [history.best_epoch for history in result.histories] == [2, 1]
+
+
+def test_threshold_of_a_fold_comes_from_its_validation_cases(done):
+    _, result, recorder = done
+    assert [labels for labels, _ in recorder.points[:2]] == [[1, 0], [0, 1]]
+    assert {(p.fold, p.threshold) for p in result.predictions} == {(0, 0.1), (1, 0.2)}
+
+
+def test_threshold_of_the_bundle_comes_from_out_of_fold_predictions(done):
+    _, result, recorder = done
+    labels, probabilities = recorder.points[2]
+    assert len(recorder.points) == 3
+    assert labels == [CLASSES.index(prediction.label) for prediction in result.predictions]
+    np.testing.assert_allclose(probabilities[:, 1], [p.probabilities["bleed"] for p in result.predictions])
+    assert open_bundle(result.bundle)[1].threshold == pytest.approx(0.3)
+
+
+def test_bundle_is_a_refit_on_all_cases_for_the_median_best_epoch(done):
+    experiment, result, _ = done
+    rows = (experiment.folder / "checkpoints" / "refit" / "metrics.jsonl").read_text().splitlines()
+    assert len(rows) == round(statistics.median([2, 1]))
+    assert open_bundle(result.bundle)[1].provenance["cases"] == str(COUNT)
+
+
+def test_bundle_names_no_patient_and_no_file(done):
+    text = (done[1].bundle / "bundle.json").read_text()
+    assert "patient-" not in text
+    assert ".nii" not in text
+    assert str(done[0].cases[0].root) not in text
+
+
+def test_bundle_keeps_the_training_range(done):
+    kept = open_bundle(done[1].bundle)[1].training_range
+    assert (kept.kernels, kept.slice_thickness_mm) == (("H30s",), (3.0, 3.0))
+
+
+def test_normalisation_is_the_backbones_own(done):
+    info = open_bundle(done[1].bundle)[1]
+    assert (info.mean, info.std) == ((0.5,) * 3, (0.5,) * 3)
+
+
+def test_normalisation_of_the_config_goes_before_the_backbones(root, tmp_path):
+    experiment = make(root, tmp_path)
+    given = experiment.config.preprocessing.model_copy(update={"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6)})
+    experiment.config = experiment.config.model_copy(update={"preprocessing": given})
+    info = experiment.run_fold(FOLDS[0], 0)[2].info
+    assert (info.mean, info.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+
+
+def test_metrics_of_all_folds_are_in_one_table(done):
+    rows = [json.loads(line) for line in (done[0].folder / "metrics.jsonl").read_text().splitlines()]
+    assert [(row["fold"], row["epoch"]) for row in rows] == [(0, 1), (0, 2), (1, 1), (1, 2)]
+
+
+def test_same_seed_gives_the_same_predictions(done, root, tmp_path):
+    experiment, result, _ = done
+    mode = "frozen" if experiment.frozen else "all"
+    again = make(root, tmp_path, mode=mode, recorder=Recorder((0.1, 0.9, 0.8, 0.2))).run(FOLDS)
+    assert [p.probabilities for p in again.predictions] == [p.probabilities for p in result.predictions]
+
+
+def test_resumed_experiment_predicts_the_same(done, root):
+    experiment, result, _ = done
+    mode = "frozen" if experiment.frozen else "all"
+    again = make(root, experiment.folder, mode=mode)
+    again.resume = True
+    assert [p.probabilities for p in again.run(FOLDS).predictions] == [p.probabilities for p in result.predictions]
+
+
+def test_frozen_trunk_is_computed_once_and_predicts_what_the_uncached_path_does(root, tmp_path):
+    experiment = make(root, tmp_path, mode="frozen")
+    predictions, _, model = experiment.run_fold(FOLDS[0], 0)
+    assert len(list((tmp_path / "cache").glob("*.features.npy"))) == COUNT
+    for prediction in predictions:
+        case = experiment.cases[int(prediction.case_id[4:])]
+        uncached = model.predict_slices(experiment.slices.load(case), case)
+        assert uncached.probabilities == pytest.approx(prediction.probabilities, abs=1e-5)
+        np.testing.assert_allclose(uncached.slice_weights, prediction.slice_weights, atol=1e-5)
+
+
+def test_features_of_one_trunk_are_not_taken_for_anothers(root, tmp_path):
+    for seed in (0, 1):
+        make(root, tmp_path, mode="frozen", seed=seed).run_fold(FOLDS[0], 0)
+    assert len(list((tmp_path / "cache").glob("*.features.npy"))) == 2 * COUNT
+
+
+def test_bundle_predicts_what_the_fold_did(root, tmp_path):
+    experiment = make(root, tmp_path)
+    result = experiment.run(FOLDS[:1])
+    model = load_bundle(tmp_path)
+    for prediction in result.predictions:
+        case = experiment.cases[int(prediction.case_id[4:])]
+        again = model.predict_slices(experiment.slices.load(case), case)
+        assert again.probabilities == pytest.approx(prediction.probabilities, abs=1e-6)
+        assert again.threshold == prediction.threshold == 0.1
+
+
+@pytest.mark.parametrize("mode", STAGES)
+def test_labels_of_the_test_fold_do_not_reach_the_weights(mode, root, tmp_path):
+    flipped = [CLASSES[1 - CLASSES.index(label)] if i in FOLDS[0].test else label for i, label in enumerate(LABELS)]
+    for name, labels in (("true", LABELS), ("flipped", flipped)):
+        make(root, tmp_path / name, mode=mode, labels=labels).run_fold(FOLDS[0], 0)
+    first, second = fold_weights(tmp_path / "true", 0), fold_weights(tmp_path / "flipped", 0)
+    assert first.keys() == second.keys()
+    assert all((first[name] == second[name]).all() for name in first)
+
+
+def test_class_weights_come_from_the_training_cases_alone(root, tmp_path):
+    make(root, tmp_path).run_fold(FOLDS[0], 0)  # trained on labels 0, 1, 0; balanced over all cases
+    assert fold_weights(tmp_path, 0)["weights"].tolist() == pytest.approx([3 / 4, 3 / 2])
+
+
+def test_training_learns_what_tells_the_classes_apart(root, tmp_path):
+    stages = [{"epochs": 12, "lr": 1e-2}]
+    experiment = make(root, tmp_path, stages=stages, select="last")
+    predictions, _, _ = experiment.run_fold(FOLDS[0], 0)
+    score = {prediction.case_id: prediction.probabilities["bleed"] for prediction in predictions}
+    assert min(score[f"case{i}"] for i in (5, 7, 9)) > max(score[f"case{i}"] for i in (6, 8))
+
+
+def test_three_classes_have_no_threshold(root, tmp_path):
+    labels = [("none", "benign", "malign")[i % 3] for i in range(COUNT)]
+    recorder = Recorder()
+    experiment = make(root, tmp_path, recorder=recorder)
+    experiment = Experiment(
+        experiment.config,
+        cases_of(root, labels),
+        ("none", "benign", "malign"),
+        experiment.slices,
+        tmp_path,
+        recorder.judge(),
+    )
+    predictions, _, model = experiment.run_fold(FOLDS[0], 0)
+    assert model.info.threshold is None
+    assert not recorder.points
+    assert all(len(prediction.probabilities) == 3 for prediction in predictions)
