@@ -1,4 +1,4 @@
-"""A seeded, known-answer CT for tests: HU = -1000 + 11 col + 3 row + 40 slice on 0.9 x 0.7 x 2.5 mm voxels, 24 x 20 x 12.
+"""A known-answer CT for tests: HU = -1000 + 11 col + 3 row + 40 slice on 24 x 20 x 12 voxels of 0.9 x 0.7 x 2.5 mm.
 
 Every voxel differs from its neighbours along each axis by another amount, so that a flip, a transposition, a shift by
 one voxel or a lost slice changes the value at some point of the patient. Compare in patient space, never by index.

@@ -6,7 +6,7 @@ import torch
 
 from medvit.config import ModelConfig
 from medvit.data.pipelines import prepare_slices
-from medvit.inference import Encoder, Model, load_bundle, softmax, with_operating_point
+from medvit.inference import STUDIES_AT_ONCE, Encoder, Model, load_bundle, softmax, with_operating_point
 from medvit.models.bundle import BundleInfo, open_bundle, save_bundle
 from medvit.models.classifier import build_classifier
 from medvit.records import Preprocessing, Scan, ScanHeader, UsageError
@@ -163,7 +163,7 @@ def test_prediction_carries_no_identifier_of_the_patient(model):
 
 def test_features_are_of_the_slices_that_a_prediction_looks_at(model):
     (features,) = model.features([scan(1)])
-    logits, _ = model.encoder.study(features)
+    ((logits, _),) = model.encoder.studies([features])
     np.testing.assert_allclose(softmax(logits, 1.5)[1], probability(model, scan(1))[0], atol=1e-6)
 
 
@@ -174,3 +174,15 @@ def test_encoding_in_the_middle_of_training_has_no_dropout_and_leaves_training_m
     np.testing.assert_array_equal(encoder.encode(slices), encoder.encode(slices))
     assert classifier.training
     assert classifier.backbone.training
+
+
+def test_studies_of_any_length_beside_each_other_come_out_as_alone(model):
+    rng = np.random.default_rng(0)
+    width = model.encoder.classifier.backbone.width
+    features = [rng.normal(size=(1 + index % 5, width)).astype(np.float32) for index in range(STUDIES_AT_ONCE + 3)]
+    together = model.encoder.studies(features)
+    assert len(together) == len(features)
+    for one, (logits, weights) in zip(features, together, strict=True):
+        ((expected, expected_weights),) = model.encoder.studies([one])
+        np.testing.assert_allclose(logits, expected, atol=1e-5)
+        np.testing.assert_allclose(weights, expected_weights, atol=1e-6)

@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 
 from medvit.data.pipelines import Slices, choose_slices, prepare_slices
 from medvit.io import read_files
-from medvit.records import Case, Preprocessing, Scan, ScanError
+from medvit.records import Case, Preprocessing, ReasonCode, Scan, ScanError
 
 FORMAT = 1
 """Raised when cached arrays change meaning."""
@@ -70,7 +70,10 @@ class SliceCache:
         parts = [f"{FORMAT} {self.preprocessing.size} {self.preprocessing.orientation} {self.assume_hu}"]
         for name in case.files:
             path = Path(case.root).absolute() / name
-            status = path.stat()
+            try:
+                status = path.stat()
+            except OSError as error:
+                raise ScanError(ReasonCode.IO_ERROR, os.strerror(error.errno or 5), (name,)) from None
             parts.append(f"{path} {status.st_size} {status.st_mtime_ns}")
         self.keys[case.case_id] = hashlib.sha256("\n".join(parts).encode()).hexdigest()
         return self.keys[case.case_id]

@@ -7,15 +7,15 @@ row are both listed: a join that silently loses cases is how studies go wrong.
 
 from __future__ import annotations
 
+import csv
 import difflib
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from io import StringIO
+from itertools import zip_longest
 from pathlib import Path
-
-import pandas as pd
 
 from medvit.data.pseudonym import pseudonym
 from medvit.io import FileEntry, Inventory, Series
@@ -91,15 +91,30 @@ def read_labels(path: Path) -> Table:
         text = path.read_text(encoding="utf-8-sig")
         header = text.partition("\n")[0]
         separator = max(",;\t", key=header.count)  # Excel writes semicolons where the decimal sign is a comma
-        frame = pd.read_csv(StringIO(text), dtype=str, keep_default_na=False, sep=separator, index_col=False)
-    except (UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
+        numbered = _numbered_rows(text, separator)
+    except (UnicodeDecodeError, csv.Error) as error:
         raise UsageError(f"labels {path}: not readable as CSV ({error}). Save it as comma-separated UTF-8.") from None
-    if frame.empty:
+    if len(numbered) < 2:
         raise UsageError(f"labels {path}: no rows below the header.")
-    rows = frame.to_dict(orient="records")
-    return {
-        line: {str(name).strip(): str(cell).strip() for name, cell in row.items()} for line, row in enumerate(rows, 2)
-    }
+    names = numbered.pop(next(iter(numbered)))
+    for name in names:
+        if name and names.count(name) > 1:
+            raise UsageError(f"labels {path}: column {name!r} is there twice. Keep one.")
+    for line, row in numbered.items():
+        if any(row[len(names) :]):
+            raise UsageError(f"labels {path}: line {line} has more cells than the header. Put quotes around commas.")
+    return {line: dict(zip_longest(names, row[: len(names)], fillvalue="")) for line, row in numbered.items()}
+
+
+def _numbered_rows(text: str, separator: str) -> dict[int, list[str]]:
+    """Line number where each row begins -> its cells; rows without content are left out."""
+    reader, rows, line = csv.reader(StringIO(text), delimiter=separator), {}, 1
+    for row in reader:
+        cells = [cell.strip() for cell in row]
+        if any(cells):
+            rows[line] = cells
+        line = reader.line_num + 1
+    return rows
 
 
 def build_manifest(
@@ -125,7 +140,7 @@ def build_manifest(
     if not units:
         raise UsageError(f"{inventory.root}: no usable CT found. Run medvit-inspect on it to see what was set aside.")
     matched = _match(table, key, key_column, units, labels)
-    matched_lines = {line for line, _ in matched}
+    found, roots = {unit.key(key) for unit in units}, _roots(labels, units)
     if not matched:
         example = next(iter(table.values()))[key_column]
         raise UsageError(
@@ -138,7 +153,9 @@ def build_manifest(
         cases=cases,
         classes=_classes(cases, label_column),
         key=key,
-        unmatched_rows=tuple(line for line in table if line not in matched_lines),
+        unmatched_rows=tuple(
+            line for line, row in table.items() if found.isdisjoint(_key_values(row[key_column], key, roots))
+        ),
         without_row=len(units) - len(matched),
         not_selected=not_selected,
     )
@@ -154,7 +171,7 @@ def select_series(candidates: Iterable[Series]) -> tuple[tuple[Series, ...], tup
     """The best series of each study, and the others: axial before not, then more slices, then the larger matrix."""
     studies: dict[str, list[Series]] = defaultdict(list)
     for series in candidates:
-        studies[series.study_uid].append(series)
+        studies[series.study_uid or series.uid].append(series)  # without a study each series is its own
     ranked = [
         sorted(members, key=lambda s: (not s.axial, -s.shape[0], -s.shape[1] * s.shape[2], s.uid))
         for members in studies.values()
@@ -182,10 +199,14 @@ def _column(labels: Path, columns: Mapping[str, str], wanted: str, option: str) 
 
 def _units(inventory: Inventory, key: str) -> tuple[list[_Unit], tuple[Series, ...]]:
     by_uid = {series.uid: series for series in inventory.series}
+    by_path = {name: series for series in inventory.series for name in series.files}
     usable = [series for series in inventory.series if series.usable]
     if key in FILE_KEYS:
         entries = [entry for entry in inventory.files if entry.series_uid in by_uid and _single_slice(entry)]
-        return [_Unit(by_uid[entry.series_uid], (entry.path,), entry.sop_uid) for entry in entries], ()
+        # a copy is no file of its series; a series UID that two studies share names neither
+        return [
+            _Unit(by_path.get(entry.path, by_uid[entry.series_uid]), (entry.path,), entry.sop_uid) for entry in entries
+        ], ()
     if key == "series_uid":
         return [_Unit(series, series.files) for series in usable], ()
     chosen, others = select_series(usable)
@@ -209,7 +230,7 @@ def _single_slice(entry: FileEntry) -> bool:
 def _match(table: Table, key: str, key_column: str, units: Iterable[_Unit], labels: Path) -> list[tuple[int, _Unit]]:
     """(line, unit) for each unit with a row. Several rows of one key must be the same row again."""
     lines: dict[str, int] = {}
-    roots = sorted({labels.parent.absolute(), *(unit.series.root.absolute() for unit in units)})
+    roots = _roots(labels, units)
     for line, row in table.items():
         for name in _key_values(row[key_column], key, roots):
             if name in lines and row != table[lines[name]]:
@@ -218,6 +239,10 @@ def _match(table: Table, key: str, key_column: str, units: Iterable[_Unit], labe
                 )
             lines.setdefault(name, line)
     return [(lines[unit.key(key)], unit) for unit in units if unit.key(key) in lines]
+
+
+def _roots(labels: Path, units: Iterable[_Unit]) -> list[Path]:
+    return sorted({labels.parent.absolute(), *(unit.series.root.absolute() for unit in units)})
 
 
 def _key_values(value: str, key: str, roots: Iterable[Path]) -> list[str]:
@@ -236,6 +261,8 @@ def _check_further_keys(
     wrong: dict[str, list[int]] = defaultdict(list)
     for line, unit in matched:
         for name, column in further:
+            if name in ("study_uid", "series_uid") and not unit.series.header.series_uid:
+                continue  # a NIfTI file has no UIDs to contradict
             given, found = table[line][column], unit.key(name)
             if given and found and given != found:
                 wrong[column].append(line)
@@ -251,7 +278,8 @@ def _case(row: Mapping[str, str], columns: Mapping[str, str], unit: _Unit, label
     header: ScanHeader = unit.series.header
     given = {name: row[column] for name, column in columns.items() if row[column]}
     # without a patient id the study is all that can keep a patient's scans together
-    patient = pseudonym("patient", header.patient_id or given.get("patient_id", "") or unit.series.study_uid)
+    named = next((given[name] for name in KEYS["patient_id"] if name in given), "")
+    patient = pseudonym("patient", header.patient_id or named or unit.series.study_uid or unit.series.uid)
     reserved = {name for names in KEYS.values() for name in names} | {"site", "sex", "age", "split"}
     taken = {str(label).lower(), str(site).lower()} | reserved
     return Case(

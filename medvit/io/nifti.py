@@ -126,7 +126,7 @@ def _agreed_affine(image: Any, name: str) -> npt.NDArray[np.float64]:
 
 def _read_itk(path: Path, name: str) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], tuple[ReasonCode, ...]]:
     try:
-        reader: Any = sitk.ImageFileReader()
+        reader: Any = sitk.ImageFileReader()  # type: ignore[no-untyped-call]  # SimpleITK ships no types
         reader.SetFileName(name)
         reader.ReadImageInformation()
         dimensions, components = reader.GetDimension(), reader.GetNumberOfComponents()

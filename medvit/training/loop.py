@@ -128,7 +128,7 @@ class _Session:
         self.history = History()
         self.epochs = sum(stage.epochs for stage in config.stages)
         self.steps = math.ceil(math.ceil(len(dataset) / config.batch_size) / config.accumulate)
-        self.checkpoints = run.folder / "checkpoints"
+        self.checkpoints = run.folder
 
     def train(self) -> None:
         if not self.run.resume:

@@ -188,7 +188,9 @@ def test_dictionary_form_does_the_same_in_a_stock_compose():
 
 
 def test_array_form_runs_among_stock_transforms():
-    result = Compose([HounsfieldWindow(), Clahe(), ScaleIntensity()])(torch.linspace(-500, 500, 1024).reshape(1, 32, 32))
+    result = Compose([HounsfieldWindow(), Clahe(), ScaleIntensity()])(
+        torch.linspace(-500, 500, 1024).reshape(1, 32, 32)
+    )
     assert (float(result.min()), float(result.max())) == (0, 1)
 
 

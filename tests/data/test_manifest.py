@@ -195,7 +195,10 @@ def test_sop_uid_makes_each_slice_a_case(hospital):
 @pytest.mark.parametrize("prefix", ["", "ct/", "./", "ct/../ct/"])
 def test_paths_are_relative_to_the_table_or_to_the_folder(hospital, prefix):
     manifest = manifest_of(hospital, f"path,label\n{prefix}a/thin1.dcm,yes\n{prefix}b/x0.dcm,no\n")
-    assert sorted((case.files[0], case.label) for case in manifest.cases) == [("a/thin1.dcm", "yes"), ("b/x0.dcm", "no")]
+    assert sorted((case.files[0], case.label) for case in manifest.cases) == [
+        ("a/thin1.dcm", "yes"),
+        ("b/x0.dcm", "no"),
+    ]
 
 
 def test_windows_paths_join(hospital):
@@ -256,7 +259,9 @@ def test_volumes_have_no_uids_that_a_table_could_contradict(tmp_path):
 
 
 def test_columns_win_over_headers_and_the_rest_become_attributes(hospital):
-    text = "patient_id,label,site,sex,age,split,scanner\nMueller-0815,yes,South,M,44,TRAIN,x1\nSchmidt-4711,no,,,,test,\n"
+    text = (
+        "patient_id,label,site,sex,age,split,scanner\nMueller-0815,yes,South,M,44,TRAIN,x1\nSchmidt-4711,no,,,,test,\n"
+    )
     one, two = sorted(manifest_of(hospital, text).cases, key=lambda case: case.label, reverse=True)
     assert (one.site, one.site_source, one.sex, one.age, one.split) == ("South", "column site", "M", 44, "train")
     assert dict(one.attributes) == {"scanner": "x1"}
@@ -271,9 +276,7 @@ def test_site_comes_from_the_named_column_or_from_the_header(hospital):
 
 def test_unknown_site_column_gives_the_near_name(hospital):
     with pytest.raises(UsageError, match="Did you mean 'manufacturer'"):
-        manifest_of(
-            hospital, "patient_id,label,manufacturer\nMueller-0815,yes,A\n", site_column="manufacturers"
-        )
+        manifest_of(hospital, "patient_id,label,manufacturer\nMueller-0815,yes,A\n", site_column="manufacturers")
 
 
 @pytest.mark.parametrize("key", ["patient_id", "sop_uid"])

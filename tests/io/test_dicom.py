@@ -5,7 +5,7 @@ import warnings
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from ct_builder import CT, GRIDS, Ct, Grid, assert_is_phantom, phantom_hu
+from ct_builder import CT, GRIDS, Ct, assert_is_phantom, phantom_hu
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydicom import dcmread

@@ -147,7 +147,7 @@ REFUSED = [
     (Ct(edit=change("PixelSpacing", [0, 0.7])), C.TAG_INVALID),
     (Ct(edit=change("PixelSpacing", [0.7, 0.8], at=11)), C.MATRIX_MISMATCH),
     (Ct(edit=change("Rows", 19, at=11)), C.MATRIX_MISMATCH),
-    (Ct(edit=change("Rows", 65535) ), C.PIXEL_TRUNCATED),
+    (Ct(edit=change("Rows", 65535)), C.PIXEL_TRUNCATED),
     (Ct(edit=change("Rows", 0)), C.TAG_INVALID),
     (Ct(edit=change("RescaleSlope", None, at=4)), C.RESCALE_MISSING),
     (Ct(edit=change("RescaleIntercept", None)), C.RESCALE_MISSING),

@@ -11,9 +11,7 @@ from hypothesis import strategies as st
 from medvit.io import read, reorient_lps
 from medvit.records import Scan, ScanHeader
 
-MOVES = [
-    (order, flips) for order in itertools.permutations(range(3)) for flips in itertools.product((1, -1), repeat=3)
-]
+MOVES = [(order, flips) for order in itertools.permutations(range(3)) for flips in itertools.product((1, -1), repeat=3)]
 
 
 def moved(order, flips):

@@ -217,7 +217,9 @@ def test_implausible_values_are_refused(tmp_path, values):
 
 
 @pytest.mark.parametrize("suffix", [".nii", ".nii.gz", ".nrrd", ".mha"])
-@pytest.mark.parametrize("content", [b"", b"junk" * 200, b"\x5c\x01\0\0" + b"\xff" * 500], ids=["empty", "junk", "dims"])
+@pytest.mark.parametrize(
+    "content", [b"", b"junk" * 200, b"\x5c\x01\0\0" + b"\xff" * 500], ids=["empty", "junk", "dims"]
+)
 def test_garbage_with_a_volume_name_is_refused_by_code(tmp_path, suffix, content):
     path = tmp_path / f"ct{suffix}"
     path.write_bytes(content)

@@ -103,7 +103,7 @@ def done(request, root, tmp_path_factory) -> tuple[Experiment, Result, Recorder]
 
 
 def fold_weights(folder: Path, number: int) -> dict[str, Any]:
-    return load_file(folder / "checkpoints" / f"fold{number}" / "checkpoints" / "best.safetensors")
+    return load_file(folder / "checkpoints" / f"fold{number}" / "best.safetensors")
 
 
 def test_each_case_is_predicted_exactly_once_out_of_fold(done):

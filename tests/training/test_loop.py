@@ -53,7 +53,7 @@ def same(first: Weights, second: Weights) -> bool:
 
 def first_moments(folder: Path) -> Weights:
     """What AdamW has averaged of the gradients; after one step a tenth of the gradient itself."""
-    tensors, _ = load(folder / "checkpoints" / "last.safetensors")
+    tensors, _ = load(folder / "last.safetensors")
     return {name: value for name, value in tensors.items() if name.endswith("exp_avg")}
 
 
@@ -292,7 +292,7 @@ def test_weights_of_the_last_whole_epoch_survive_divergence(make_objective, make
     run = Run(folder=tmp_path, on_epoch=lambda _: seen.append(weights(objective)))
     with pytest.raises(MedvitError):
         fit(objective, make_dataset(), training(stages=(Stage(epochs=2),)), rising(), run)
-    tensors, about = load(tmp_path / "checkpoints" / "last.safetensors")
+    tensors, about = load(tmp_path / "last.safetensors")
     assert about["rows"][-1]["epoch"] == 1
     assert same({k[len("objective.") :]: v for k, v in tensors.items() if k.startswith("objective.")}, seen[0])
 
@@ -358,7 +358,7 @@ def test_damaged_checkpoint_starts_again_and_says_so(damage, make_objective, mak
     config = training(stages=(Stage(epochs=2, lr=1e-2),))
     whole = make_objective()
     fit(whole, make_dataset(), config, rising(), Run(folder=tmp_path))
-    path = tmp_path / "checkpoints" / "last.safetensors"
+    path = tmp_path / "last.safetensors"
     path.write_bytes(damage(path.read_bytes()))
     objective = make_objective()
     history = fit(objective, make_dataset(), config, rising(), Run(folder=tmp_path, resume=True))

@@ -1,0 +1,187 @@
+"""Nobody is on two sides, however the split is asked for."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from medvit.config import DataConfig
+from medvit.data.splits import Fold, check_leakage, group_cases, make_folds, validation_split
+from medvit.records import EXIT_REFUSED, EXIT_USAGE, Case, GateError, ReasonCode, UsageError
+
+SITES = ("North", "South", "West")
+
+
+def case(number, patient, label="no", site="North", split=""):
+    return Case(
+        case_id=f"c{number}",
+        patient_id=f"p{patient}",
+        group=f"p{patient}",
+        root="/nowhere",
+        files=(f"{number}",),
+        label=label,
+        site=site,
+        split=split,
+    )
+
+
+def cohort(patients=40, per_patient=3, seed=0):
+    """Some patients carry both labels, and some were seen at two sites."""
+    rng = np.random.default_rng(seed)
+    return [
+        case(
+            f"{p}-{i}",
+            p,
+            str(rng.choice(["yes", "no"], p=[0.4, 0.6])),
+            str(rng.choice(SITES)) if p % 7 == 0 else SITES[p % 3],
+        )
+        for p in range(patients)
+        for i in range(rng.integers(1, per_patient + 1))
+    ]
+
+
+def assert_apart(cases, fold):
+    sides = [{cases[i].group for i in side} for side in (fold.train, fold.val, fold.test)]
+    assert not sides[0] & sides[1]
+    assert not sides[0] & sides[2]
+    assert not sides[1] & sides[2]
+    everyone = np.sort(np.concatenate([fold.train, fold.val, fold.test]))
+    np.testing.assert_array_equal(everyone, np.arange(len(cases)))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    patients=st.integers(5, 60),
+    per_patient=st.integers(1, 6),
+    data=st.builds(
+        DataConfig,
+        folds=st.sampled_from([0, 2, 3, 5]),
+        test_fraction=st.floats(0.1, 0.5),
+        validation_fraction=st.floats(0.1, 0.5),
+        holdout_sites=st.sampled_from([(), ("North",), ("South", "West")]),
+    ),
+)
+def test_no_patient_is_ever_on_two_sides(seed, patients, per_patient, data):
+    cases = cohort(patients, per_patient, seed)
+    try:
+        folds = make_folds(cases, data, seed)
+    except UsageError:
+        return  # too few patients is said, never worked around
+    assert len(folds) == (1 if data.holdout_sites else max(1, data.folds))
+    for fold in folds:
+        assert_apart(cases, fold)
+    if len(folds) > 1:
+        judged = np.sort(np.concatenate([fold.test for fold in folds]))
+        np.testing.assert_array_equal(judged, np.arange(len(cases)))  # everyone is judged exactly once
+
+
+def test_splits_depend_on_the_seed_only():
+    cases, data = cohort(), DataConfig(folds=3)
+    one, again, other = (make_folds(cases, data, seed) for seed in (1, 1, 2))
+    assert all(np.array_equal(a.test, b.test) for a, b in zip(one, again, strict=True))
+    assert not all(np.array_equal(a.test, b.test) for a, b in zip(one, other, strict=True))
+
+
+def test_single_split_holds_out_about_the_share_asked_for():
+    cases = cohort(200, 1)
+    (fold,) = make_folds(cases, DataConfig(test_fraction=0.25, validation_fraction=0.2), 0)
+    assert len(fold.test) / 200 == pytest.approx(0.25, abs=0.03)
+    assert len(fold.val) / 200 == pytest.approx(0.15, abs=0.03)
+    shares = [np.mean([cases[i].label == "yes" for i in side]) for side in (fold.train, fold.val, fold.test)]
+    assert np.ptp(shares) < 0.1
+
+
+def test_held_out_sites_are_the_test_split_with_all_of_their_patients():
+    cases = cohort()
+    (fold,) = make_folds(cases, DataConfig(holdout_sites=("North",)), 0)
+    trained = {cases[i].site for i in (*fold.train, *fold.val)}
+    assert "North" not in trained
+    visitors = {c.group for c in cases if c.site == "North"}
+    assert {cases[i].group for i in fold.test} == visitors
+
+
+def test_unknown_site_is_named_with_the_known_ones():
+    with pytest.raises(UsageError, match=r"no site Nord.*North, South, West"):
+        make_folds(cohort(), DataConfig(holdout_sites=("Nord",)), 0)
+
+
+def test_holding_out_every_site_is_wrong_usage():
+    with pytest.raises(UsageError, match="nothing is left"):
+        make_folds(cohort(), DataConfig(holdout_sites=SITES), 0)
+
+
+def test_too_few_patients_for_the_folds_names_the_numbers():
+    cases = [case(n, n, "yes" if n < 3 else "no") for n in range(20)]
+    with pytest.raises(UsageError, match=r"20 patients, 3 of them with label 'yes'; 5 parts") as caught:
+        make_folds(cases, DataConfig(folds=5), 0)
+    assert caught.value.exit_code == EXIT_USAGE
+
+
+def given_split(names):
+    return [case(n, n if group is None else group, label, split=split) for n, (split, group, label) in enumerate(names)]
+
+
+GOOD = [(split, None, label) for split in ("train", "val", "test") for label in ("yes", "no")]
+
+
+def test_a_given_split_is_kept():
+    (fold,) = make_folds(given_split(GOOD), DataConfig(folds=5, holdout_sites=("North",)), 0)
+    assert [side.tolist() for side in (fold.train, fold.val, fold.test)] == [[0, 1], [2, 3], [4, 5]]
+
+
+@pytest.mark.parametrize("sides", [("train", "test"), ("train", "val"), ("val", "test")])
+def test_a_given_split_with_a_patient_on_two_sides_is_refused(sides):
+    leak = [(side, "twice", "yes") for side in sides]
+    with pytest.raises(GateError, match=r"LEAKAGE: 1 patients.*ptwice") as caught:
+        make_folds(given_split(GOOD + leak), DataConfig(), 0)
+    assert caught.value.exit_code == EXIT_REFUSED == 4
+
+
+@pytest.mark.parametrize("bad", [("", None, "yes"), ("valid", None, "yes")])
+def test_a_given_split_must_be_complete_and_spelt_right(bad):
+    with pytest.raises(UsageError, match="column 'split'"):
+        make_folds(given_split([*GOOD, bad]), DataConfig(), 0)
+
+
+def test_a_side_without_a_class_is_said():
+    only = [("train", None, "yes"), ("train", None, "no"), ("val", None, "yes"), ("test", None, "no")]
+    with pytest.raises(UsageError, match="validation split has no case with label no"):
+        make_folds(given_split(only), DataConfig(), 0)
+
+
+def test_patients_with_identical_pixels_are_one_group_even_through_others():
+    cases = [case(n, n) for n in range(5)] + [case("2b", 2)]
+    grouped = group_cases(cases, {"c0": "x", "c1": "x", "c2": "y", "c2b": "x", "c3": "y", "c4": "z"})
+    groups = [c.group for c in grouped]
+    assert groups[0] == groups[1] == groups[2] == groups[3] == groups[5] != groups[4]
+    twins = {c.case_id for c in grouped if ReasonCode.DUP_IDENTICAL in c.codes}
+    assert twins == {"c0", "c1", "c2", "c2b", "c3"}
+    assert [c.patient_id for c in grouped] == [c.patient_id for c in cases]
+
+
+def test_identical_pixels_across_a_given_split_are_refused():
+    cases = group_cases(given_split(GOOD), {"c0": "same", "c4": "same"})
+    with pytest.raises(GateError, match="LEAKAGE"):
+        make_folds(cases, DataConfig(), 0)
+
+
+def test_cases_without_a_hash_stay_as_they_are():
+    cases = [case(n, n) for n in range(3)]
+    assert group_cases(cases, {}) == tuple(cases)
+
+
+def test_check_leakage_looks_at_groups_not_at_patients():
+    cases = [replace(case(n, n), group="one") for n in range(3)]
+    with pytest.raises(GateError):
+        check_leakage(cases, Fold(np.array([0]), np.array([1]), np.array([2])))
+
+
+def test_validation_part_is_patient_wise():
+    cases = cohort()
+    chosen = np.arange(0, len(cases), 2)
+    rest, val = validation_split(cases, chosen, DataConfig(), 0)
+    assert not {cases[i].group for i in rest} & {cases[i].group for i in val}
+    np.testing.assert_array_equal(np.sort(np.concatenate([rest, val])), chosen)
