@@ -41,6 +41,11 @@ class DataConfig(_Section):
     test_fraction: float = Field(0.25, gt=0, lt=1, description="share of patients held out when folds is 0")
     validation_fraction: float = Field(0.2, gt=0, lt=1, description="share of training patients for model selection")
     holdout_sites: tuple[str, ...] = Field((), description="leave these sites out: they become the test split")
+    normalise: Literal["backbone", "training"] = Field(
+        "backbone",
+        description="mean and std per window: the pretrained weights' own, or of the training split (weights=none); "
+        "preprocessing.mean and std go before both",
+    )
     cache_dir: Path | None = Field(None, description="null: MEDVIT_CACHE, else inside the run. Holds pixels: PHI")
     workers: int = Field(0, ge=0, description="loader processes; 0 loads in the training process")
     augment: AugmentConfig | None = Field(AugmentConfig(), description="null: none, and a frozen backbone is cached")
@@ -161,9 +166,16 @@ def load_config(source: str | Path | None = None, overrides: tuple[str, ...] | l
     Raises:
         UsageError: no such file, no YAML, unknown key (with the nearest name), or a value out of range.
     """
-    tree = _read_yaml(_find(source))
+    config = _validate(_read_yaml(_find(source)))
+    if not overrides:
+        return config
+    tree = config.model_dump(mode="json")  # with the defaults in place, so that an override can reach into them
     for override in overrides:
         _apply(tree, override)
+    return _validate(tree)
+
+
+def _validate(tree: dict[str, Any]) -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as error:

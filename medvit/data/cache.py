@@ -24,7 +24,7 @@ from medvit.data.pipelines import Slices, choose_slices, prepare_slices
 from medvit.io import read_files
 from medvit.records import Case, Preprocessing, ReasonCode, Scan, ScanError
 
-FORMAT = 1
+FORMAT = 2
 """Raised when cached arrays change meaning."""
 
 
@@ -61,12 +61,13 @@ class SliceCache:
 
     def __init__(self, folder: Path, preprocessing: Preprocessing, *, assume_hu: bool = False) -> None:
         self.folder, self.preprocessing, self.assume_hu = folder, preprocessing, assume_hu
-        self.keys: dict[str, str] = {}
+        self.keys: dict[tuple[str, str], str] = {}
 
     def key(self, case: Case) -> str:
         """Hash of the source files (name, size, time of change) and of what the preparation depends on; asked once."""
-        if case.case_id in self.keys:
-            return self.keys[case.case_id]
+        known = (case.root, case.case_id)
+        if known in self.keys:
+            return self.keys[known]
         parts = [f"{FORMAT} {self.preprocessing.size} {self.preprocessing.orientation} {self.assume_hu}"]
         for name in case.files:
             path = Path(case.root).absolute() / name
@@ -75,8 +76,8 @@ class SliceCache:
             except OSError as error:
                 raise ScanError(ReasonCode.IO_ERROR, os.strerror(error.errno or 5), (name,)) from None
             parts.append(f"{path} {status.st_size} {status.st_mtime_ns}")
-        self.keys[case.case_id] = hashlib.sha256("\n".join(parts).encode()).hexdigest()
-        return self.keys[case.case_id]
+        self.keys[known] = hashlib.sha256("\n".join(parts).encode()).hexdigest()
+        return self.keys[known]
 
     def build(
         self, cases: Iterable[Case], progress: Callable[[], None] | None = None

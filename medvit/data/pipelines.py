@@ -7,7 +7,7 @@ scanner would vary: geometry, kernel (blur), noise, window.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import cv2
@@ -27,7 +27,7 @@ from monai.transforms import (
 )
 
 from medvit.config import AugmentConfig
-from medvit.data.intensity import Clahe, HounsfieldWindow
+from medvit.data.intensity import Clahe, HounsfieldWindow, apply_windows
 from medvit.io import reorient_lps
 from medvit.records import AIR_HU, Preprocessing, Scan, Window, resolve_window
 
@@ -35,25 +35,23 @@ Slices = npt.NDArray[np.int16]
 
 
 def prepare_slices(scan: Scan, preprocessing: Preprocessing) -> Slices:
-    """Orient, pad to a square with air, and resize in plane.
+    """Orient, resize in plane to square pixels, and pad with air to a square: shapes are kept.
 
     Returns:
         int16 HU, (Z, size, size).
     """
     oriented = reorient_lps(scan) if preprocessing.orientation == "LPS" else scan
-    square = _pad_square(oriented.hu)
-    size = preprocessing.size
+    size, (_, rows, columns) = preprocessing.size, oriented.hu.shape
+    x_mm, y_mm, _ = oriented.spacing_mm
+    scale = size / max(rows * y_mm, columns * x_mm)  # px of the result per mm
+    down, across = max(1, round(rows * y_mm * scale)), max(1, round(columns * x_mm * scale))
     # area averaging below, bilinear above: no aliasing of noise into texture
-    method = cv2.INTER_AREA if square.shape[1] > size else cv2.INTER_LINEAR
-    resized = np.stack([cv2.resize(plane, (size, size), interpolation=method) for plane in square])
-    return np.clip(np.round(resized), -32768, 32767).astype(np.int16)
-
-
-def _pad_square(hu: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    _, rows, columns = hu.shape
-    down, across = max(0, columns - rows), max(0, rows - columns)
-    margins = ((0, 0), (down // 2, down - down // 2), (across // 2, across - across // 2))
-    return np.pad(hu, margins, constant_values=AIR_HU)
+    method = cv2.INTER_AREA if down < rows or across < columns else cv2.INTER_LINEAR
+    resized = np.stack([cv2.resize(plane, (across, down), interpolation=method) for plane in oriented.hu])
+    top, left = (size - down) // 2, (size - across) // 2
+    margins = ((0, 0), (top, size - down - top), (left, size - across - left))
+    square = np.pad(resized, margins, constant_values=AIR_HU)
+    return np.clip(np.round(square), -32768, 32767).astype(np.int16)
 
 
 def choose_slices(count: int, wanted: int, rng: np.random.RandomState | None = None) -> npt.NDArray[np.intp]:
@@ -69,6 +67,21 @@ def choose_slices(count: int, wanted: int, rng: np.random.RandomState | None = N
     edges = np.linspace(0, count, wanted + 1).astype(np.intp)  # whole slices: no two stretches share one
     within = np.full(wanted, 0.5) if rng is None else rng.random_sample(wanted)
     return edges[:-1] + (within * np.diff(edges)).astype(np.intp)
+
+
+def window_statistics(
+    volumes: Iterable[Slices], windows: Sequence[str | Window]
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and std per window of slices (Z, H, W) in HU: for weights that bring none. Training cases only."""
+    count, total, squares = 0, np.zeros(len(windows)), np.zeros(len(windows))
+    for hu in volumes:
+        values = apply_windows(np.asarray(hu), windows).astype(np.float64)
+        count += hu.size
+        total += values.sum(axis=(1, 2, 3))
+        squares += (values**2).sum(axis=(1, 2, 3))
+    mean = total / count
+    std = np.sqrt(np.maximum(squares / count - mean**2, 1e-6))
+    return tuple(mean.tolist()), tuple(std.tolist())
 
 
 def training_transform(

@@ -249,7 +249,7 @@ def _plant_junk(folder: Path, patients: tuple[PhantomPatient, ...]) -> dict[str,
     images = sorted(series_folder(folder, second).iterdir())
     copy = images[0].with_name(f"{images[0].name}_1")  # after its original in any listing
     copy.write_bytes(images[0].read_bytes())
-    _remove_preamble(sorted(series_folder(folder, third).iterdir())[0])
+    _remove_preamble(sorted(series_folder(folder, third).iterdir())[-1])
     localizer = _save(_localizer(first), study / "SE000000" / "IM00001")
     report = _save(_text_report(first), study / "SE000009" / "IM00001")
     mr = _save(_mr_image(second), series_folder(folder, second).parents[1] / "ST000001/SE000001/IM00001")
@@ -359,7 +359,7 @@ def _localizer(patient: PhantomPatient) -> Dataset:
     ds.ImageType = ["ORIGINAL", "PRIMARY", "LOCALIZER"]
     ds.ImageOrientationPatient, ds.ImagePositionPatient = [1, 0, 0, 0, 0, -1], [-186, 0, 48]
     ds.PixelSpacing, ds.SliceThickness, ds.KVP = [12, 5.8125], 1, 120
-    ds.RescaleIntercept, ds.RescaleSlope, ds.RescaleType = 0, 1, "HU"
+    ds.RescaleIntercept, ds.RescaleSlope, ds.RescaleType = 0, 1, "US"  # sums along rays are not HU (PS3.3 C.8.2.1)
     ds.PixelData = np.rint(hu.mean(axis=1)).astype(np.int16).tobytes()
     return ds
 

@@ -53,6 +53,7 @@ class SitePhysics:
         noise_hu: standard deviation of the noise after the kernel.
         hu_offset: calibration drift, added to every voxel above air.
         slice_thickness_mm: also the slice distance; a multiple of `SUBSLICE_MM`.
+        table_mm: how far below the isocentre patients lie: the picture is not centred on them. Positions stay true.
         padding: stored value outside the circular field of view (GE writes -2000); None images the whole square.
     """
 
@@ -65,6 +66,7 @@ class SitePhysics:
     noise_hu: float
     hu_offset: float
     slice_thickness_mm: float
+    table_mm: float = 0.0
     padding: int | None = None
 
 
@@ -90,6 +92,7 @@ SITES: tuple[SitePhysics, ...] = (
         noise_hu=50.0,
         hu_offset=60.0,
         slice_thickness_mm=4.0,
+        table_mm=8.0,
     ),
     SitePhysics(
         name="Hill University",
@@ -185,15 +188,15 @@ def render(
     depth = slices or round(COVERAGE_MM / site.slice_thickness_mm)
     fine = round(site.slice_thickness_mm / SUBSLICE_MM)
     pixel_mm = FIELD_OF_VIEW_MM / matrix
-    in_plane = centred(matrix, pixel_mm)
+    x, y = centred(matrix, pixel_mm), centred(matrix, pixel_mm) - site.table_mm
     z = centred(depth * fine, SUBSLICE_MM) + FINDING_MM[2]
 
-    truth = draw_anatomy(patient, (in_plane[None, None, :], in_plane[None, :, None], z[:, None, None]))
+    truth = draw_anatomy(patient, (x[None, None, :], y[None, :, None], z[:, None, None]))
     thick = truth.reshape(depth, fine, matrix, matrix).mean(axis=1)
     hu = acquire(thick, site, np.random.default_rng([patient.seed, 1]))
 
     affine = np.diag([pixel_mm, pixel_mm, site.slice_thickness_mm, 1.0])
-    affine[:3, 3] = in_plane[0], in_plane[0], z[:fine].mean()
+    affine[:3, 3] = x[0], y[0], z[:fine].mean()
     return hu.astype(np.float32), affine
 
 

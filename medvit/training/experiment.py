@@ -21,7 +21,7 @@ import torch
 from medvit import __version__
 from medvit.config import Config
 from medvit.data.cache import CaseDataset, FeatureCache, SliceCache, collate
-from medvit.data.pipelines import Slices, training_transform
+from medvit.data.pipelines import Slices, training_transform, window_statistics
 from medvit.data.splits import Fold, Indices
 from medvit.inference import Encoder, Model, with_operating_point
 from medvit.models.backbone import WeightReport, normalisation
@@ -98,6 +98,7 @@ class Experiment:
     resume: bool = False
     weights: WeightReport = field(default_factory=lambda: WeightReport("none"), init=False)
     features: dict[str, npt.NDArray[np.float32]] = field(default_factory=dict, init=False)
+    features_of: tuple[float, ...] = field(default=(), init=False)
 
     def __post_init__(self) -> None:
         self.labels = np.array([self.classes.index(str(case.label)) for case in self.cases], np.int64)
@@ -126,7 +127,7 @@ class Experiment:
     def run_fold(self, fold: Fold, number: int) -> tuple[list[Prediction], History, Model]:
         """Train one fold: epoch and threshold are chosen on its validation cases, its test cases are predicted once."""
         folder = self.folder / "checkpoints" / f"fold{number}"
-        model = self._model()
+        model = self._model(fold.train)
         objective = self._objective(model.encoder.classifier, fold.train)
         dataset = self._dataset(model.encoder, fold.train)
         name = f"fold {number + 1}" if self.config.data.folds else "training"
@@ -140,8 +141,8 @@ class Experiment:
 
     def refit(self, epochs: int) -> Model:
         """Train on all cases for a given number of epochs, without validation."""
-        model = self._model()
         everyone = np.arange(len(self.cases))
+        model = self._model(everyone)
         objective = self._objective(model.encoder.classifier, everyone)
         dataset = self._dataset(model.encoder, everyone)
         self._start("refit on all cases", dataset, epochs)
@@ -157,8 +158,8 @@ class Experiment:
     def time_step(self, train: Indices) -> Timing:
         """Time one training step on the first batch of the given cases, after one to warm up."""
         few = replace(self, cases=[self.cases[index] for index in train[: self.config.training.batch_size]])
-        model = few._model()
         everyone = np.arange(len(few.cases))
+        model = few._model(everyone)
         objective = self._objective(model.encoder.classifier, train)
         objective.classifier.freeze_backbone(self.config.training.stages[-1].trainable == "head")
         began = time.perf_counter()
@@ -184,17 +185,15 @@ class Experiment:
         batches = -(-len(dataset) // self.config.training.batch_size)
         self.reporter.start(name, batches * epochs)
 
-    def _model(self) -> Model:
-        """An untrained model with the weights that the config names."""
+    def _model(self, train: Indices) -> Model:
+        """An untrained model with the weights that the config names, normalised for the given training cases."""
         torch.manual_seed(self.config.training.seed)
         prep = self.config.preprocessing
         channels = len(prep.windows)
         classifier, self.weights = build_classifier(
             self.config.model, size=prep.size, channels=channels, classes=len(self.classes)
         )
-        mean, std = normalisation(classifier.backbone, channels)
-        if prep.mean is not None and prep.std is not None:
-            mean, std = prep.mean, prep.std
+        mean, std = self._normalisation(classifier, train)
         info = BundleInfo(
             architecture=self.config.model.model_copy(update={"weights": self.weights.source}),
             preprocessing=prep,
@@ -205,6 +204,15 @@ class Experiment:
             provenance=self._provenance(),
         )
         return Model(Encoder(classifier, prep, mean, std, self.config.inference.batch_slices), info)
+
+    def _normalisation(self, classifier: CtClassifier, train: Indices) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and std per window: given, of the training split and of no other, or the backbone's own."""
+        prep = self.config.preprocessing
+        if prep.mean is not None and prep.std is not None:
+            return prep.mean, prep.std
+        if self.config.data.normalise == "training":
+            return window_statistics((self.slices.load(self.cases[index]) for index in train), prep.windows)
+        return normalisation(classifier.backbone, len(prep.windows))
 
     def _provenance(self) -> dict[str, str]:
         return {
@@ -241,6 +249,8 @@ class Experiment:
         settings = json.dumps([prep.model_dump(mode="json"), encoder.mean, encoder.std, model])
         cache = FeatureCache(self.slices, f"{settings} {self.weights.sha256} {self.config.training.seed}")
 
+        if self.features_of != encoder.mean + encoder.std:  # each fold may normalise by its own training split
+            self.features, self.features_of = {}, encoder.mean + encoder.std
         missing = [case for case in self.cases if case.case_id not in self.features and cache.load(case) is None]
         self._encode(missing, encoder, cache)
 

@@ -15,8 +15,15 @@ ONE = Preprocessing(windows=("lung",), size=64)
 NONE = AugmentConfig(rotate_deg=0, shift=0, zoom=0, noise_hu=0, blur_px=0, window_jitter=0)
 
 
+def square_pixels(affine):
+    """The same axes, 1 mm in plane."""
+    result = affine.copy()
+    result[:3, :2] /= np.linalg.norm(affine[:3, :2], axis=0)
+    return result
+
+
 def scan_of(hu, affine=None):
-    return Scan(hu=np.asarray(hu, np.float32), affine=Grid().affine if affine is None else affine)
+    return Scan(hu=np.asarray(hu, np.float32), affine=square_pixels(Grid().affine if affine is None else affine))
 
 
 def plain(preprocessing, augment=None):
@@ -50,6 +57,17 @@ def test_prepared_slices_are_square_int16_in_hu():
 def test_padding_to_a_square_is_air_not_water():
     slices = prepare_slices(scan_of(phantom_hu()), Preprocessing(size=24))
     assert (slices[:, [0, 1, 22, 23]] == AIR_HU).all()
+
+
+def test_shapes_are_kept_where_pixels_are_not_square():
+    """A disc in mm stays a disc: rows 2 mm apart, columns 1 mm."""
+    y, x = np.indices((40, 80))
+    hu = np.where((2 * y - 40) ** 2 + (x - 40) ** 2 < 20**2, 100, -1000)[None]
+    affine = np.diag([1.0, 2.0, 5.0, 1.0])
+    (plane,) = prepare_slices(Scan(hu=hu.astype(np.float32), affine=affine), Preprocessing(size=80))
+    disc = plane > -450
+    assert abs(int(disc.any(axis=0).sum()) - 40) <= 2
+    assert abs(int(disc.any(axis=1).sum()) - 40) <= 2
 
 
 @pytest.mark.parametrize("name", ["axial", "prone", "head_last"])
