@@ -3,6 +3,14 @@
 For the demo, the tests and `sample_data`: nobody's images, every label and every fault known. `write_hospital` returns
 which files and series must be set aside and why, so that whoever reads the folder can be checked. Everything is
 deterministic, to the byte: UIDs are hashes, dates are fixed. The anatomy is in `phantom_anatomy`.
+
+What it is worth, measured with timm's `test_vit` (0.4 million weights, from scratch, 96 px, 40 epochs, training-set
+normalisation, no augmentation; three seeds of the weights, one draw of patients, at least 120 test patients unless
+said): trained on 45 patients of all sites, AUROC 0.87 (0.82-0.94) on others of all sites. Trained on 40 of North Clinic
+0.88 (0.87-0.90) at home and 0.65 (0.59-0.71) at Harbour Hospital; on 40 of Hill University 0.90 (0.81-0.95, 40 test
+patients) at home and 0.74 at Harbour. Harbour's own is 0.69 (0.56-0.84): its noise makes it harder as well. The sites
+were made this different on purpose, and one finding in five is faint: the figures show that the machinery works, and
+nothing about patients.
 """
 
 from __future__ import annotations
