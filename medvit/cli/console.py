@@ -52,9 +52,10 @@ def command(run: Callable[[list[str] | None], int]) -> Callable[[list[str] | Non
         # third-party chatter is not for operators; what matters is said by us
         logging.getLogger("timm").setLevel(logging.ERROR)
         logging.getLogger("lightning_fabric").setLevel(logging.ERROR)
-        warnings.filterwarnings("ignore")
         try:
-            return run(argv)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                return run(argv)
         except MedvitError as error:
             print(f"error: {error}", file=sys.stderr)
             return error.exit_code

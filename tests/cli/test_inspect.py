@@ -66,7 +66,7 @@ def test_nothing_to_inspect_ends_with_2_and_says_what_to_do(kind, tmp_path: Path
 
 @pytest.mark.realdata
 def test_real_export_is_one_volume_and_two_localizers(real_data, capsys):
-    assert inspect.main([str(real_data / "data" / "pet_ct_volume"), "--json"]) == 0
+    assert inspect.main([str(real_data / "pet_ct_volume"), "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert [series["shape_zyx"] for series in document["series"]] == [[174, 512, 512]]
     assert document["codes"]["NOT_VOLUME"]["files"] == 2
