@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from medvit.deployment.ledger import Ledger, Stored
 from medvit.evaluation.predictions import write_predictions
 from medvit.inference import Model
 from medvit.io import FileEntry, Inventory, scan_folder
-from medvit.records import REASONS, Case, Outcome, ReasonCode, ScanError, UsageError
+from medvit.records import REASONS, Case, Outcome, Prediction, ReasonCode, ScanError, UsageError
 
 USED = (Outcome.OK, Outcome.FLAG)
 
@@ -75,7 +75,7 @@ def predict_folder(
             if (stored := ledger.find(case.case_id)) is not None and stored.row is None
         }
         ledger.put_files(_account(inventory, {series.uid for series in not_selected}, failed))
-        export(ledger, output)
+        export(ledger, output, model.info.classes)
         outcomes = Counter(entry.outcome for entry in ledger.files())
     return Summary(
         seen=sum(outcomes.values()),
@@ -138,10 +138,12 @@ def _account(inventory: Inventory, not_selected: set[str], failed: dict[str, Sto
             yield entry
 
 
-def export(ledger: Ledger, output: Path) -> None:
-    """Write predictions.csv and quarantine.csv from the ledger."""
+def export(ledger: Ledger, output: Path, classes: Sequence[str]) -> None:
+    """Write predictions.csv and quarantine.csv from the ledger; without a prediction, the header alone."""
     rows = [stored.row for stored in ledger.results() if stored.row is not None]
-    write_predictions(pd.DataFrame(rows), output / "predictions.csv")
+    nobody = Prediction(case_id="", patient_id="", probabilities=dict.fromkeys(classes, 1 / len(classes)))
+    columns = None if rows else list(nobody.to_row())
+    write_predictions(pd.DataFrame(rows, columns=columns), output / "predictions.csv")
     part = output / "quarantine.csv.part"
     with part.open("w", encoding="utf-8", newline="") as stream:
         writer = csv.writer(stream)

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from medvit.cli import predict
+from medvit.io import scan_folder
 
 
 def rows(path: Path) -> list[dict[str, str]]:
@@ -73,6 +74,17 @@ def test_one_case_that_crashes_does_not_stop_the_others(export, trained, tmp_pat
     crashed = [row for row in rows(tmp_path / "out" / "quarantine.csv") if row["code"] == "WORKER_DIED"]
     assert crashed
     assert all("SECRET" not in row["detail"] for row in crashed)
+
+
+def test_export_of_damaged_series_alone_still_ends_in_order(export, trained, tmp_path):
+    folder = tmp_path / "folder"
+    shutil.copytree(export.folder, folder)
+    while usable := [series for series in scan_folder(folder).series if series.usable]:
+        for name in usable[0].files:
+            (folder / name).unlink()
+    assert predict.main([str(folder), "--model", str(trained), "--output", str(tmp_path / "out")]) == 3
+    assert (tmp_path / "out" / "predictions.csv").read_text().startswith("case_id,patient_id,label,p_0,p_1")
+    assert rows(tmp_path / "out" / "predictions.csv") == []
 
 
 @pytest.mark.parametrize("kind", ["no model", "changed"])
