@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -146,7 +146,8 @@ def scan_folder(
         raise UsageError(f"{root}: the folder is empty. Put the exported DICOM or NIfTI files in it.")
     listed = _list_series(root, _set_duplicates_aside(root, slices, entries), assume_hu=assume_hu)
     series = tuple(_mark_patient_conflicts(listed, slices) + volumes)
-    entries += [entry for one in series for entry in _entries_of(one, slices)]
+    sop_uids = {header.path: header.sop_uid for header in slices}
+    entries += [entry for one in series for entry in _entries_of(one, sop_uids)]
     return Inventory(root, series, tuple(sorted(entries, key=lambda entry: entry.path)))
 
 
@@ -283,8 +284,7 @@ def _mark_patient_conflicts(series: list[Series], slices: Sequence[headers.Slice
     ]
 
 
-def _entries_of(series: Series, slices: Sequence[headers.SliceHeader]) -> Iterator[FileEntry]:
-    sop_uids = {header.path: header.sop_uid for header in slices}
+def _entries_of(series: Series, sop_uids: Mapping[str, str]) -> Iterator[FileEntry]:
     code = series.codes[0] if series.codes else None
     for name in series.files:
         yield FileEntry(name, series.outcome, code, series.detail, series.uid, sop_uids.get(name, ""))
