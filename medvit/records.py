@@ -53,6 +53,16 @@ class Outcome(StrEnum):
     REJECT = "reject"  # a single file that cannot be used
     SKIP = "skip"  # normal: not a CT volume, a copy, not the selected series
 
+    @property
+    def used(self) -> bool:
+        """Whether it goes on to the model."""
+        return self in (Outcome.OK, Outcome.FLAG)
+
+    @property
+    def bad(self) -> bool:
+        """Whether somebody should look at it: a command that meets one ends with 3."""
+        return self in (Outcome.QUARANTINE, Outcome.REJECT)
+
 
 class ReasonCode(StrEnum):
     """Why a file or series is flagged or set aside. Closed list; `REASONS` gives outcome and remedy of each."""
@@ -67,6 +77,7 @@ class ReasonCode(StrEnum):
     GANTRY_TILT = "GANTRY_TILT"
     SPACING_NONUNIFORM = "SPACING_NONUNIFORM"
     SLICE_MISSING = "SLICE_MISSING"
+    SLICE_GAPS = "SLICE_GAPS"
     DUP_IDENTICAL = "DUP_IDENTICAL"
     DUP_CONFLICT = "DUP_CONFLICT"
     DUP_POSITION = "DUP_POSITION"
@@ -125,13 +136,14 @@ REASONS: Mapping[ReasonCode, Reason] = MappingProxyType(
         _C.PIXELREP_CONFLICT: Reason(_QUAR, "sign or bit depth of header and pixels disagree: re-export uncompressed"),
         _C.MONO1: Reason(_FLAG, "MONOCHROME1 is display only; HU are unchanged; nothing to do"),
         _C.HU_IMPLAUSIBLE: Reason(_QUAR, "values cannot be CT (constant, or range too wide): look at the series"),
-        _C.GANTRY_TILT: Reason(_QUAR, "slices are sheared by gantry tilt: send an untilted reconstruction"),
+        _C.GANTRY_TILT: Reason(_FLAG, "gantry tilt: slices were moved back in plane onto a straight grid"),
         _C.SPACING_NONUNIFORM: Reason(_QUAR, "slice distances differ: send one reconstruction with one increment"),
         _C.SLICE_MISSING: Reason(_QUAR, "a slice is missing: export the series again, completely"),
+        _C.SLICE_GAPS: Reason(_FLAG, "slices lie farther apart than they are thick: is every other one missing?"),
         _C.DUP_IDENTICAL: Reason(_SKIP, "byte-identical copy of a file already read; nothing to do"),
         _C.DUP_CONFLICT: Reason(_QUAR, "two different files carry one SOPInstanceUID: find out which one is true"),
         _C.DUP_POSITION: Reason(_QUAR, "two slices at one position: export one reconstruction per folder or series"),
-        _C.MULTIPHASE: Reason(_QUAR, "several acquisitions share one series: export the phases separately"),
+        _C.MULTIPHASE: Reason(_FLAG, "phases or kernels shared one series and were read as separate volumes"),
         _C.NOT_VOLUME: Reason(_SKIP, "localizer, report, secondary capture or other non-volume object; nothing to do"),
         _C.MULTIFRAME_UNSUPPORTED: Reason(_QUAR, "multi-frame CT: export as classic single-frame CT Image Storage"),
         _C.PHOTOMETRIC: Reason(_REJ, "a colour image has no HU; nothing to do unless it should be CT"),
@@ -230,10 +242,17 @@ def resolve_window(window: str | Window) -> Window:
 class ScanHeader:
     """Where a scan comes from: identity and acquisition. Empty string or None means absent in the source.
 
-    `age` is in years. `site_source` says which DICOM attribute `site` was taken from.
+    `age` is in years. `site_source` says which DICOM attribute `site` was taken from. `phase` tells volumes apart that
+    shared one series: "kernel B60f", "acquisition 2".
     """
 
     patient_id: str = ""
+    issuer: str = ""
+    patient_name: str = ""
+    birth_date: str = ""
+    frame_of_reference: str = ""
+    modality: str = ""
+    phase: str = ""
     study_uid: str = ""
     series_uid: str = ""
     sop_uids: tuple[str, ...] = ()
@@ -366,6 +385,8 @@ class Case:
         patient_id: hash under the site's key.
         group: cases of one group never sit on both sides of a split (patient, or identical pixels).
         files: of the series, as in the inventory, relative to `root`.
+        part: which volume of the files, where phases or kernels share them (as `Series.part`).
+        identities: hashes of what else may name the patient (issuer and id, name and birth date, frame of reference).
         label: class name; None is unlabelled.
         acquisition: kernel, body part and so on, as far as the header tells.
         attributes: further columns of the labels table, for the report.
@@ -376,6 +397,8 @@ class Case:
     group: str
     root: str
     files: tuple[str, ...]
+    part: int = 0
+    identities: tuple[str, ...] = ()
     label: str | None = None
     site: str = ""
     site_source: str = ""

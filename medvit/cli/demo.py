@@ -18,7 +18,7 @@ from medvit import io
 from medvit.cli import evaluate, predict, train
 from medvit.cli.console import Display, Parser, command, tables
 from medvit.io import phantom
-from medvit.records import EXIT_DONE, EXIT_QUARANTINE, EXIT_UNEXPECTED, Outcome, UsageError
+from medvit.records import EXIT_DONE, EXIT_QUARANTINE, EXIT_UNEXPECTED, UsageError
 
 PATIENTS, EXPORTED = 60, 24
 SEED = 2026
@@ -85,7 +85,7 @@ def show_faults(hospital: phantom.Hospital) -> bool:
     found = io.scan_folder(hospital.folder)
     codes: dict[str, str] = {}
     for entry in found.files:
-        if entry.outcome not in (Outcome.OK, Outcome.FLAG):
+        if not entry.outcome.used:
             codes[entry.series_uid if entry.series_uid in hospital.planted else entry.path] = str(entry.code)
     console = tables()
     console.print(_fault_table(hospital.planted, codes, hospital.folder.name))

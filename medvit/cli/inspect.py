@@ -11,10 +11,7 @@ from rich.table import Table
 
 from medvit import data, io
 from medvit.cli.console import Display, Parser, command, tables
-from medvit.records import EXIT_DONE, EXIT_QUARANTINE, REASONS, Outcome, UsageError
-
-USED = (Outcome.OK, Outcome.FLAG)
-BAD = (Outcome.QUARANTINE, Outcome.REJECT)
+from medvit.records import EXIT_DONE, EXIT_QUARANTINE, REASONS, UsageError
 
 EPILOG = """
 examples:
@@ -52,12 +49,12 @@ def main(argv: list[str] | None = None) -> int:
         raise UsageError(
             f"{arguments.folder}: no CT among {len(found.files)} files; the reasons are listed. Export CT images."
         )
-    return EXIT_QUARANTINE if any(entry.outcome in BAD for entry in found.files) else EXIT_DONE
+    return EXIT_QUARANTINE if any(entry.outcome.bad for entry in found.files) else EXIT_DONE
 
 
 def to_document(found: io.Inventory) -> dict[str, Any]:
     """The inventory as JSON: `files` by outcome, `codes`, `series`, and `set_aside` with a remedy for each file."""
-    aside = [entry for entry in found.files if entry.outcome not in USED]
+    aside = [entry for entry in found.files if not entry.outcome.used]
     codes = Counter(entry.code for entry in aside if entry.code is not None)
     return {
         "files": {"seen": len(found.files), **found.counts()},
@@ -100,7 +97,7 @@ def show(found: io.Inventory) -> None:
     """Tables for a person: series, then what is set aside by code with its remedy, then the files."""
     console = tables()
     console.print(_series_table(found))
-    aside = [entry for entry in found.files if entry.outcome not in USED]
+    aside = [entry for entry in found.files if not entry.outcome.used]
     if aside:
         console.print(_code_table(aside))
         for entry in aside:

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from medvit import data, io
 from medvit.cli.console import Display
-from medvit.records import REASONS, Case, Outcome, Preprocessing, UsageError
+from medvit.records import REASONS, Case, Preprocessing, UsageError
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,7 @@ def prepare(arguments: argparse.Namespace, cache_dir: Path, preprocessing: Prepr
 
 def set_aside(study: Study) -> bool:
     """Whether input was quarantined or rejected."""
-    bad = (Outcome.QUARANTINE, Outcome.REJECT)
-    return bool(study.failures) or any(entry.outcome in bad for entry in study.inventory.files)
+    return bool(study.failures) or any(entry.outcome.bad for entry in study.inventory.files)
 
 
 def show_study(study: Study, folds: Sequence[data.Fold], display: Display) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from medvit.data.pseudonym import pseudonym
 from medvit.io import FileEntry, Inventory, Series
-from medvit.records import Case, Outcome, ReasonCode, ScanHeader, UsageError
+from medvit.records import Case, ReasonCode, ScanHeader, UsageError
 
 KEYS: Mapping[str, tuple[str, ...]] = {
     "path": ("path",),
@@ -224,7 +224,7 @@ def _single_slice(entry: FileEntry) -> bool:
         ReasonCode.MULTIPHASE,
         ReasonCode.MATRIX_MISMATCH,
     }
-    return entry.outcome in (Outcome.OK, Outcome.FLAG) or entry.code in volume_faults
+    return entry.outcome.used or entry.code in volume_faults
 
 
 def _match(table: Table, key: str, key_column: str, units: Iterable[_Unit], labels: Path) -> list[tuple[int, _Unit]]:

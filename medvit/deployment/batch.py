@@ -23,8 +23,6 @@ from medvit.inference import Model
 from medvit.io import FileEntry, Inventory, scan_folder
 from medvit.records import REASONS, Case, Outcome, Prediction, ReasonCode, ScanError, UsageError
 
-USED = (Outcome.OK, Outcome.FLAG)
-
 
 @dataclass(frozen=True)
 class Summary:
@@ -79,7 +77,7 @@ def predict_folder(
         outcomes = Counter(entry.outcome for entry in ledger.files())
     return Summary(
         seen=sum(outcomes.values()),
-        used=sum(outcomes[outcome] for outcome in USED),
+        used=sum(outcomes[outcome] for outcome in Outcome if outcome.used),
         quarantined=outcomes[Outcome.QUARANTINE],
         rejected=outcomes[Outcome.REJECT],
         skipped=outcomes[Outcome.SKIP],
@@ -125,13 +123,13 @@ def _fingerprint(case: Case) -> str:
 def _account(inventory: Inventory, not_selected: set[str], failed: dict[str, Stored]) -> Iterable[FileEntry]:
     """The inventory's entries, corrected by what selection and reading found out."""
     for entry in inventory.files:
-        if entry.outcome in USED and entry.series_uid in failed:
+        if entry.outcome.used and entry.series_uid in failed:
             stored = failed[entry.series_uid]
             code = ReasonCode(stored.code)
             outcome = REASONS[code].outcome
-            worst = outcome if outcome in (Outcome.QUARANTINE, Outcome.REJECT) else Outcome.QUARANTINE
+            worst = outcome if outcome.bad else Outcome.QUARANTINE
             yield replace(entry, outcome=worst, code=code, detail=stored.detail)
-        elif entry.outcome in USED and entry.series_uid in not_selected:
+        elif entry.outcome.used and entry.series_uid in not_selected:
             detail = "another series of this study was chosen"
             yield replace(entry, outcome=Outcome.SKIP, code=ReasonCode.NOT_SELECTED, detail=detail)
         else:
@@ -149,6 +147,6 @@ def export(ledger: Ledger, output: Path, classes: Sequence[str]) -> None:
         writer = csv.writer(stream)
         writer.writerow(("path", "series_uid", "code", "detail"))
         for entry in ledger.files():
-            if entry.outcome in (Outcome.QUARANTINE, Outcome.REJECT):
+            if entry.outcome.bad:
                 writer.writerow((entry.path, entry.series_uid, entry.code, entry.detail))
     part.replace(output / "quarantine.csv")

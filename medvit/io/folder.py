@@ -48,6 +48,7 @@ class Series:
         codes: why; empty when ok.
         detail: what was seen, without identity.
         files: relative to `root`, sorted along the slice normal where the series is usable.
+        part: 0, 1, ... where one SeriesInstanceUID holds several volumes (phases, kernels); `header.phase` names it.
         shape: (Z, Y, X) and `spacing_mm` (x, y, z), as far as the headers tell.
     """
 
@@ -58,6 +59,7 @@ class Series:
     codes: tuple[ReasonCode, ...] = ()
     detail: str = ""
     files: tuple[str, ...] = ()
+    part: int = 0
     header: ScanHeader = field(default_factory=ScanHeader)
     shape: tuple[int, int, int] = (0, 0, 0)
     spacing_mm: tuple[float, float, float] = (0.0, 0.0, 0.0)
@@ -67,7 +69,12 @@ class Series:
     @property
     def usable(self) -> bool:
         """Whether it may be read."""
-        return self.outcome in (Outcome.OK, Outcome.FLAG)
+        return self.outcome.used
+
+    @property
+    def key(self) -> tuple[str, str, int]:
+        """What names this volume in its folder: study, series, part."""
+        return self.study_uid, self.uid, self.part
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,8 @@ TAGS = """SOPClassUID SOPInstanceUID StudyInstanceUID SeriesInstanceUID FrameOfR
     PhotometricInterpretation BitsAllocated BitsStored HighBit PixelRepresentation PixelPaddingValue
     PixelPaddingRangeLimit RescaleSlope RescaleIntercept RescaleType LossyImageCompression PatientID PatientName
     PatientBirthDate PatientSex PatientAge StudyDate InstitutionName Manufacturer BodyPartExamined ConvolutionKernel
-    ContrastBolusAgent SeriesDescription AcquisitionNumber SpecificCharacterSet ModalityLUTSequence""".split()
+    ContrastBolusAgent SeriesDescription IssuerOfPatientID AcquisitionNumber SpecificCharacterSet
+    ModalityLUTSequence""".split()
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,6 +243,11 @@ def scan_header(dataset: Dataset) -> ScanHeader:
     institution, manufacturer = _text(dataset, "InstitutionName"), _text(dataset, "Manufacturer")
     return ScanHeader(
         patient_id=_text(dataset, "PatientID"),
+        issuer=_text(dataset, "IssuerOfPatientID"),
+        patient_name=_text(dataset, "PatientName"),
+        birth_date=_text(dataset, "PatientBirthDate"),
+        frame_of_reference=_text(dataset, "FrameOfReferenceUID"),
+        modality=_text(dataset, "Modality"),
         study_uid=_text(dataset, "StudyInstanceUID"),
         series_uid=_text(dataset, "SeriesInstanceUID"),
         site=institution or manufacturer,

@@ -28,8 +28,13 @@ def read(source: folder.Series | str | Path, *, assume_hu: bool = False) -> Scan
     return read_files([path], assume_hu=assume_hu)
 
 
-def read_files(paths: Sequence[Path], *, assume_hu: bool = False) -> Scan:
+def read_files(paths: Sequence[Path], *, assume_hu: bool = False, part: int = 0) -> Scan:
     """Read one volume file, or the DICOM files of one series in any order.
+
+    Args:
+        paths: of one series.
+        assume_hu: as `read`.
+        part: which volume, where the files hold several (`Series.part`).
 
     Raises:
         ScanError: as `read`.
