@@ -143,19 +143,21 @@ REASONS: Mapping[ReasonCode, Reason] = MappingProxyType(
         _C.DUP_IDENTICAL: Reason(_SKIP, "byte-identical copy of a file already read; nothing to do"),
         _C.DUP_CONFLICT: Reason(_QUAR, "two different files carry one SOPInstanceUID: find out which one is true"),
         _C.DUP_POSITION: Reason(_QUAR, "two slices at one position: export one reconstruction per folder or series"),
-        _C.MULTIPHASE: Reason(_FLAG, "phases or kernels shared one series and were read as separate volumes"),
+        _C.MULTIPHASE: Reason(_FLAG, "several volumes (phases, kernels, planes) shared one series: read separately"),
         _C.NOT_VOLUME: Reason(_SKIP, "localizer, report, secondary capture or other non-volume object; nothing to do"),
         _C.MULTIFRAME_UNSUPPORTED: Reason(_QUAR, "multi-frame CT: export as classic single-frame CT Image Storage"),
         _C.PHOTOMETRIC: Reason(_REJ, "a colour image has no HU; nothing to do unless it should be CT"),
-        _C.TS_UNSUPPORTED: Reason(_QUAR, "no codec for this transfer syntax: see medvit-doctor, or decompress"),
+        _C.TS_UNSUPPORTED: Reason(
+            _QUAR, "no codec for this transfer syntax or encoding: see medvit-doctor; decompress"
+        ),
         _C.LOSSY: Reason(_FLAG, "lossy compression: HU are approximate; prefer the original"),
         _C.PIXEL_TRUNCATED: Reason(_QUAR, "pixel data is not as long as the header says: transfer the file again"),
         _C.NO_PREAMBLE: Reason(_FLAG, "DICOM without its 128-byte preamble was read all the same"),
-        _C.TAG_INVALID: Reason(_QUAR, "a needed tag is absent or unreadable: re-export from the archive"),
+        _C.TAG_INVALID: Reason(_QUAR, "a needed tag or header is absent or unreadable: re-export from the archive"),
         _C.CHARSET: Reason(_FLAG, "text could not be decoded with the declared character set; kept as raw bytes"),
         _C.RESOURCE_LIMIT: Reason(_QUAR, "the header claims an absurd size: check the file, it may be hostile"),
         _C.NESTING: Reason(_QUAR, "sequences are nested too deeply: check the file, it may be hostile"),
-        _C.UNSAFE_NAME: Reason(_REJ, "an identifier is not a legal UID: fix it at the source"),
+        _C.UNSAFE_NAME: Reason(_REJ, "an identifier is no legal UID, or a header names data elsewhere: fix the source"),
         _C.NOT_REGULAR: Reason(_REJ, "a link, pipe or device is never followed: copy the file itself into the folder"),
         _C.ARCHIVE_LIMIT: Reason(_REJ, "archives are not opened: unpack first"),
         _C.PREAMBLE_EXEC: Reason(_FLAG, "the preamble holds an executable header: treat the source with suspicion"),
@@ -163,7 +165,7 @@ REASONS: Mapping[ReasonCode, Reason] = MappingProxyType(
         _C.PATIENT_CONFLICT: Reason(_QUAR, "patient identity differs within a series or study: correct it in the PACS"),
         _C.LEAKAGE: Reason(_QUAR, "one patient on both sides of a split: correct the split column"),
         _C.ORIENTATION_INVALID: Reason(_QUAR, "orientation or position absent or not orthonormal: re-export"),
-        _C.NIFTI_AFFINE: Reason(_QUAR, "qform and sform disagree or are unset: decide which holds and rewrite"),
+        _C.NIFTI_AFFINE: Reason(_QUAR, "geometry unset, contradictory or in an unknown space: set it and rewrite"),
         _C.NIFTI_NONFINITE: Reason(_QUAR, "the volume holds NaN or infinity: convert it again"),
         _C.NIFTI_SCALE: Reason(_FLAG, "scl_slope is 0 or NaN: values taken unscaled, as the standard says"),
         _C.NIFTI_NDIM: Reason(_QUAR, "not one 3-D scalar volume: split or convert it"),
@@ -243,13 +245,14 @@ class ScanHeader:
     """Where a scan comes from: identity and acquisition. Empty string or None means absent in the source.
 
     `age` is in years. `site_source` says which DICOM attribute `site` was taken from. `phase` tells volumes apart that
-    shared one series: "kernel B60f", "acquisition 2".
+    shared one series: "kernel B60f", "acquisition 2". What names the patient is not in the text of a header, which ends
+    in logs and tracebacks.
     """
 
-    patient_id: str = ""
-    issuer: str = ""
-    patient_name: str = ""
-    birth_date: str = ""
+    patient_id: str = field(default="", repr=False)
+    issuer: str = field(default="", repr=False)
+    patient_name: str = field(default="", repr=False)
+    birth_date: str = field(default="", repr=False)
     frame_of_reference: str = ""
     modality: str = ""
     phase: str = ""
@@ -263,8 +266,8 @@ class ScanHeader:
     manufacturer: str = ""
     body_part: str = ""
     kernel: str = ""
-    contrast: str = ""
-    description: str = ""
+    contrast: str = field(default="", repr=False)
+    description: str = field(default="", repr=False)
     slice_thickness_mm: float | None = None
 
     def acquisition(self) -> dict[str, str]:
@@ -274,7 +277,7 @@ class ScanHeader:
             "body_part": self.body_part,
             "kernel": self.kernel,
             "manufacturer": self.manufacturer,
-            "contrast": self.contrast,
+            "contrast": "yes" if self.contrast else "",  # free text, in which people write names
             "slice_thickness_mm": thickness,
         }
 

@@ -1,233 +1,209 @@
 """One DICOM series -> HU volume, geometry, identity.
 
-Each slice is decoded, padding is masked on stored values, and the slice is rescaled by its own slope and intercept in
-float64 (PS3.3 C.11.1.1.2): real series change them from slice to slice. Display tags (MONOCHROME1, window, presentation
-LUT) never touch HU.
+Headers are read and judged here, in the caller's process, by a reader that cannot be made to inflate, recurse or
+allocate; pixels are decoded by the sandbox. The check of what forms a volume is the same when a folder is listed and
+when a series is read.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
-from pydicom import dcmread
-from pydicom.dataset import FileDataset
-from pydicom.pixels.utils import pixel_array
-from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
-from medvit.io import geometry, headers
+from medvit.io import faults, geometry, grouping, headers, sandbox
+from medvit.io.headers import SliceHeader
+from medvit.io.pixels import HU_RANGE_LIMIT, Frame, Layout, Tally
 from medvit.records import AIR_HU, REASONS, Outcome, ReasonCode, Scan, ScanError
-
-HU_RANGE_LIMIT = 20_000.0
-"""Wider than this is no CT: metal in extended-scale CT stays below."""
-
 
 ASSUMED_AIR_HU = (-1100.0, -500.0)
 """Where the lowest value must lie for --assume-hu to hold."""
 
+ABSENT, PLENTY = 0.001, 0.1
+"""Shares of a volume."""
 
-def examine(
-    slices: Sequence[headers.SliceHeader], *, assume_hu: bool = False
-) -> tuple[geometry.Stack, tuple[ReasonCode, ...]]:
-    """Check that slices form one volume, from their headers alone. The same check when a folder is listed and read.
+GAP_SHARE = 1.5
+"""Slices further apart than this many thicknesses leave tissue unseen between them."""
 
-    Returns:
-        The stack order and affine, and the codes that flag it.
+
+@dataclass(frozen=True)
+class Volume:
+    """Slices that form one volume, before their pixels are read.
+
+    Attributes:
+        slices: sorted along their normal.
+        stack: their grid, as stored.
+        codes: flags.
+        affine: (4, 4) and `shape` (Z, Y, X) of the volume, with gantry tilt undone.
+    """
+
+    slices: tuple[SliceHeader, ...]
+    stack: geometry.Stack
+    codes: tuple[ReasonCode, ...]
+    affine: geometry.Floats
+    shape: tuple[int, int, int]
+
+
+def check_headers(slices: Sequence[SliceHeader], *, assume_hu: bool = False) -> tuple[ReasonCode, ...]:
+    """Flags of slices that could be one series, from each header alone.
 
     Raises:
-        ScanError: the first fault that forbids using the series.
+        ScanError: the first fault that forbids using the series, and the files that have it.
     """
-    faults = [
-        (code, detail, header.path)
-        for header in slices
-        for code, detail in headers.slice_faults(header, assume_hu=assume_hu)
+    if faults.differ(each.patient for each in headers.shared_by(slices).values()):
+        raise ScanError(ReasonCode.PATIENT_CONFLICT, "patient id, birth date or sex differ between slices")
+    shared = {key: faults.shared_faults(each) for key, each in headers.shared_by(slices).items()}
+    if not any(shared.values()) and not any(faults.slice_faults(one, assume_hu=assume_hu) for one in slices):
+        return ()
+    found = [
+        (code, detail, one.path)
+        for one in slices
+        for code, detail in shared[id(one.shared)] + faults.slice_faults(one, assume_hu=assume_hu)
     ]
-    for code, detail, _ in faults:
+    for code, detail, _ in found:
         if REASONS[code].outcome is not Outcome.FLAG:
-            raise ScanError(code, detail, tuple(path for other, _, path in faults if other is code))
-    _check_agreement(slices)
-    first = slices[0]
+            raise ScanError(code, detail, tuple(dict.fromkeys(path for other, _, path in found if other is code)))
+    return tuple(dict.fromkeys(code for code, _, _ in found))
+
+
+def examine(part: grouping.Part, flags: tuple[ReasonCode, ...], *, assume_hu: bool = False) -> Volume:
+    """Check that slices form one volume.
+
+    Raises:
+        ScanError: they do not; the code says why.
+    """
+    slices = part.slices
+    first = slices[0].shared
+    # judged once for all slices of one length
+    if any(faults.wrong_length(one) for one in {(id(one.shared), one.pixels[1]): one for one in slices}.values()):
+        wrong = [one for one in slices if faults.wrong_length(one)]
+        raise ScanError(ReasonCode.PIXEL_TRUNCATED, faults.wrong_length(wrong[0]), headers.names_of(wrong))
     stack = geometry.stack_slices(
-        np.array([header.position for header in slices]),
+        np.array([one.position for one in slices]),
         np.array(first.orientation),
         np.array(first.spacing_mm),
         first.thickness_mm,
     )
-    codes = [code for code, _, _ in faults]
-    if assume_hu and not all(header.rescale_tags for header in slices):
+    shape = (len(slices), first.rows, first.columns)
+    affine = stack.affine
+    codes = list(flags)
+    if stack.tilt_degrees:
+        codes.append(ReasonCode.GANTRY_TILT)
+        affine, shape, _ = geometry.straightened(affine, shape)
+    if np.prod(shape, dtype=float) > faults.MAX_VOXELS:
+        raise ScanError(ReasonCode.RESOURCE_LIMIT, f"{shape[0]} x {shape[1]} x {shape[2]} voxels")
+    if part.phase or len({each.scan.kernel for each in headers.shared_by(slices).values()}) > 1:
+        codes.append(ReasonCode.MULTIPHASE)
+    step_mm = float(np.linalg.norm(affine[:3, 2]))
+    if len(slices) > 1 and first.thickness_mm and step_mm > GAP_SHARE * first.thickness_mm:
+        codes.append(ReasonCode.SLICE_GAPS)
+    if assume_hu and not all(each.rescale_tags for each in headers.shared_by(slices).values()):
         codes.append(ReasonCode.RESCALE_MISSING)
-    return stack, tuple(dict.fromkeys(codes))
+    ordered = tuple(slices[index] for index in stack.order)
+    return Volume(ordered, stack, tuple(dict.fromkeys(codes)), affine, shape)
 
 
-def _check_agreement(slices: Sequence[headers.SliceHeader]) -> None:
-    """One patient, one grid, one direction, one frame of reference, one acquisition where positions repeat."""
-    if len({header.patient for header in slices}) > 1:
-        raise ScanError(ReasonCode.PATIENT_CONFLICT, "patient id, birth date or sex differ between slices")
-    grids = {(header.rows, header.columns, header.spacing_mm) for header in slices}
-    if len(grids) > 1:
-        raise ScanError(ReasonCode.MATRIX_MISMATCH, f"{len(grids)} different matrices or pixel spacings")
-    directions = np.array([header.orientation for header in slices])
-    if np.abs(directions - directions[0]).max() > geometry.ORTHONORMAL_TOLERANCE:
-        raise ScanError(ReasonCode.ORIENTATION_INVALID, "slices of one series point in different directions")
-    if len({header.frame_of_reference for header in slices}) > 1:
-        raise ScanError(ReasonCode.ORIENTATION_INVALID, "slices of one series have different frames of reference")
-    positions = {header.position for header in slices}
-    if len(positions) < len(slices) and len({header.acquisition for header in slices}) > 1:
-        raise ScanError(ReasonCode.MULTIPHASE, f"{len(slices)} slices at {len(positions)} positions")
+def read_series(paths: Iterable[Path], *, assume_hu: bool = False, part: int | None = None) -> Scan:
+    """Read the files of one series, in any order, into one volume.
 
-
-def read_series(paths: Iterable[Path], *, assume_hu: bool = False) -> Scan:
-    """Read the slices of one series, in any order, into one volume.
+    Args:
+        paths: its files.
+        assume_hu: take values without rescale tags for HU, and flag them.
+        part: which volume, where the files hold several; None: they hold one.
 
     Raises:
         ScanError: with the code of the first fault, and the files concerned.
     """
-    opened = {str(path): _open(path) for path in paths}
-    slices = [header for _, header in opened.values()]
-    stack, codes = examine(slices, assume_hu=assume_hu)
-    ordered = [slices[index] for index in stack.order]
-    hu = np.empty((len(ordered), ordered[0].rows, ordered[0].columns), np.float32)
-    padded = 0
-    for plane, header in zip(hu, ordered, strict=True):
-        padded += _fill_slice(plane, opened.pop(header.path)[0], header)
-    _check_plausible(hu)
+    reader = headers.HeaderReader()
+    slices = [one for path in paths for one in reader.read(path, str(path))]
+    for one in slices:
+        if (fault := faults.file_fault(one)) is not None:
+            raise ScanError(*fault, (one.path,))
+    flags = check_headers(slices, assume_hu=assume_hu)
+    if len({(one.shared.study_uid, one.shared.series_uid) for one in slices}) > 1:
+        raise ScanError(ReasonCode.TAG_INVALID, "files of several series", headers.names_of(slices))
+    volumes = grouping.split(slices).volumes
+    # the files of one part of several hold that part alone, unless the parts are frames of the same files
+    if len(volumes) > 1 and (part is None or part >= len(volumes)):
+        detail = f"{len(volumes)} volumes in these files, and none of them asked for: list the folder, read its series"
+        raise ScanError(ReasonCode.MULTIPHASE, detail, headers.names_of(slices))
+    chosen = volumes[part or 0] if len(volumes) > 1 else volumes[0]
+    return read_volume(examine(chosen, flags, assume_hu=assume_hu), chosen.phase)
+
+
+def read_volume(volume: Volume, phase: str = "") -> Scan:
+    """Decode the slices of an examined volume."""
+    slices = volume.slices
+    layouts: dict[Layout, int] = {}
+    frames = [_frame(one, plane, layouts) for plane, one in enumerate(slices)]
+    shape = (len(slices), slices[0].shared.rows, slices[0].shared.columns)
+    hu, tallies = sandbox.decode(shape, list(layouts), frames)
+    check_plausible(tallies)
+    codes = volume.codes
     if ReasonCode.RESCALE_MISSING in codes:
-        _check_assumed(hu)
+        _check_assumed(tallies)
+    padded = sum(tally.padded for tally in tallies)
     if padded:
         codes = (*codes, ReasonCode.PADDING_APPLIED)
+    if volume.stack.tilt_degrees:
+        hu, _ = geometry.straighten(hu, volume.stack.affine, AIR_HU)
     return Scan(
         hu=hu,
-        affine=stack.affine,
-        header=replace(ordered[0].scan, sop_uids=tuple(header.sop_uid for header in ordered)),
+        affine=volume.affine,
+        header=replace(slices[0].shared.scan, sop_uids=tuple(one.sop_uid for one in slices), phase=phase),
         codes=codes,
-        padding_fraction=padded / hu.size,
-        files=tuple(header.path for header in ordered),
+        padding_fraction=padded / np.prod(shape),
+        files=headers.names_of(slices),
     )
 
 
-def _open(path: Path) -> tuple[FileDataset, headers.SliceHeader]:
-    name = str(path)
-    header = headers.parse(path, name)  # every fault of the header is found and coded here
-    if (fault := headers.file_fault(header)) is not None:
-        raise ScanError(*fault, (name,))
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            dataset = dcmread(path, force=not header.preamble)
-            if "TransferSyntaxUID" not in dataset.file_meta:  # no preamble: pydicom found out by looking
-                implicit, little = dataset.original_encoding
-                native = ImplicitVRLittleEndian if implicit else ExplicitVRLittleEndian
-                dataset.file_meta.TransferSyntaxUID = native if little else ExplicitVRBigEndian
-    except Exception as error:  # noqa: BLE001  damage behind the header raises any type
-        raise ScanError(
-            ReasonCode.PIXEL_TRUNCATED, f"unreadable behind its header ({type(error).__name__})", (name,)
-        ) from None
-    if "PixelData" not in dataset:  # pydicom returns an empty dataset where compressed pixels end too early
-        raise ScanError(ReasonCode.PIXEL_TRUNCATED, "no pixel data, or cut short", (name,))
-    return dataset, header
+def _frame(one: SliceHeader, plane: int, layouts: dict[Layout, int]) -> Frame:
+    shared = one.shared
+    layout = Layout(
+        shared.transfer_syntax,
+        shared.rows,
+        shared.columns,
+        shared.bits_allocated,
+        shared.bits_stored,
+        shared.high_bit,
+        bool(shared.signed),
+        shared.padding,
+        shared.overlays,
+        shared.photometric,
+        shared.frames,
+    )
+    slope = 1.0 if one.slope is None else one.slope
+    intercept = 0.0 if one.intercept is None else one.intercept
+    number = layouts.setdefault(layout, len(layouts))
+    return Frame(one.path, one.frame, plane, one.stamp, *one.pixels, slope, intercept, number)
 
 
-def _fill_slice(plane: npt.NDArray[np.float32], dataset: FileDataset, header: headers.SliceHeader) -> int:
-    """Write the HU of one slice into `plane` (H, W); returns the number of padding pixels."""
-    stored = stored_values(_decode(dataset, header), dataset, header.path)
-    if stored.shape != plane.shape:
-        raise ScanError(
-            ReasonCode.PIXEL_TRUNCATED, f"decoded {stored.shape}, header says {plane.shape}", (header.path,)
-        )
-    padding = padding_mask(stored, dataset)
-    slope = 1.0 if header.slope is None else header.slope
-    intercept = 0.0 if header.intercept is None else header.intercept
-    plane[:] = stored * np.float64(slope) + intercept
-    if padding is None:
-        return 0
-    plane[padding] = AIR_HU
-    return int(padding.sum())
+def check_plausible(tallies: Sequence[Tally]) -> None:
+    """Values that cannot be a CT of a patient are refused.
 
-
-def _decode(dataset: FileDataset, header: headers.SliceHeader) -> npt.NDArray[np.int32]:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            _check_length(dataset, header)
-            # the unused bits are judged in `stored_values`: pydicom would wipe what contradicts the header
-            return np.asarray(pixel_array(dataset, raw=True, correct_unused_bits=False)).astype(np.int32)
-    except (KeyboardInterrupt, SystemExit, MemoryError, ScanError):
-        raise
-    except BaseException as error:  # noqa: BLE001  codecs raise any type; Rust panics are no Exception (HAZARDS 0.2)
-        detail = f"pixel data cannot be decoded ({type(error).__name__})"
-        raise ScanError(ReasonCode.PIXEL_TRUNCATED, detail, (header.path,)) from None
-
-
-def _check_length(dataset: FileDataset, header: headers.SliceHeader) -> None:
-    """Native pixel data longer than its matrix belongs to another matrix; one byte evens its length (PS3.5 8.1.1)."""
-    if dataset.file_meta.TransferSyntaxUID.is_compressed:
-        return
-    surplus = len(dataset.PixelData) - header.rows * header.columns * header.bits // 8
-    if surplus > 1:
-        raise ScanError(ReasonCode.PIXEL_TRUNCATED, f"{surplus} bytes more than the header says", (header.path,))
-
-
-def stored_values(raw: npt.NDArray[np.int32], dataset: FileDataset, name: str = "") -> npt.NDArray[np.int32]:
-    """Stored values of the container's pixels (PS3.5 8.1.1): BitsStored bits up to HighBit, sign-extended if signed.
+    A volume without air is legal (a brain reconstructed small), and one with a margin of -2000 is common (padding that
+    no tag tells), so that neither decides alone: without air, much must lie where tissue is before rescaling; without
+    tissue, where air is after rescaling twice.
 
     Raises:
-        ScanError: `PIXELREP_CONFLICT`: bits outside BitsStored are set that no overlay explains.
+        ScanError: `HU_IMPLAUSIBLE`.
     """
-    stored_bits, signed = int(dataset.BitsStored), bool(dataset.PixelRepresentation)
-    high_bit = dataset.get("HighBit")  # may be there and empty
-    shift = 0 if high_bit is None else int(high_bit) + 1 - stored_bits
-    if not (stored_bits > 0 and 0 <= shift <= int(dataset.BitsAllocated) - stored_bits):
-        raise ScanError(
-            ReasonCode.PIXELREP_CONFLICT, f"BitsStored {stored_bits}, HighBit {stored_bits + shift - 1}", (name,)
-        )
-    if stored_bits == int(dataset.BitsAllocated):
-        return raw
-    values = (raw >> shift) & ((1 << stored_bits) - 1)
-    if signed:
-        sign = 1 << (stored_bits - 1)
-        values = (values ^ sign) - sign
-    has_overlay = any(tag.group >= 0x6000 and tag.group <= 0x601E for tag in dataset.keys())  # noqa: SIM118
-    container = (raw >> shift) & ((1 << (int(dataset.BitsAllocated) - shift)) - 1)
-    plain = values & ((1 << stored_bits) - 1)  # high bits zero, or sign-extended over the container
-    extended = values & ((1 << (int(dataset.BitsAllocated) - shift)) - 1)
-    if not has_overlay and not ((container == plain) | (container == extended)).all():
-        raise ScanError(ReasonCode.PIXELREP_CONFLICT, f"values need more than the {stored_bits} bits stored", (name,))
-    return values
-
-
-def padding_mask(stored: npt.NDArray[np.int32], dataset: FileDataset) -> npt.NDArray[np.bool_] | None:
-    """Which stored values are padding (PS3.3 C.7.5.1.1.2); None without a padding value."""
-    low = _padding_value(dataset, "PixelPaddingValue")
-    if low is None:
-        return None
-    high = _padding_value(dataset, "PixelPaddingRangeLimit")
-    low, high = sorted((low, low if high is None else high))
-    return np.asarray((stored >= low) & (stored <= high))
-
-
-def _padding_value(dataset: FileDataset, keyword: str) -> int | None:
-    """US or SS: many files write the one and mean the other, so PixelRepresentation decides."""
-    value = dataset.get(keyword)
-    if value is None or not isinstance(value, int | float):
-        return None
-    bits = int(dataset.BitsStored)
-    wrapped = int(value) & ((1 << bits) - 1)
-    return wrapped - (1 << bits) if dataset.PixelRepresentation and wrapped >> (bits - 1) else wrapped
-
-
-def _check_assumed(hu: npt.NDArray[np.float32]) -> None:
-    """Unrescaled values pass for HU only where they show air: a lowest value near -1000."""
-    low_min, low_max = ASSUMED_AIR_HU
-    if not low_min <= float(hu.min()) <= low_max:
-        detail = f"assumed to be HU, but the lowest value is {hu.min():g}, not {low_min:g} to {low_max:g}"
-        raise ScanError(ReasonCode.RESCALE_MISSING, detail)
-
-
-def _check_plausible(hu: npt.NDArray[np.float32]) -> None:
-    low, high = float(hu.min()), float(hu.max())
+    low, high = min(tally.low for tally in tallies), max(tally.high for tally in tallies)
     if not np.isfinite((low, high)).all() or low == high or high - low > HU_RANGE_LIMIT:
         raise ScanError(ReasonCode.HU_IMPLAUSIBLE, f"values from {low:g} to {high:g} HU")
+    air, tissue, unrescaled, twice = np.mean([tally[3:] for tally in tallies], axis=0)
+    if air < ABSENT and unrescaled > PLENTY:
+        raise ScanError(ReasonCode.HU_IMPLAUSIBLE, "no air near -1000 HU, and much around +1000 HU: not rescaled")
+    if tissue < ABSENT and twice > PLENTY:
+        raise ScanError(ReasonCode.HU_IMPLAUSIBLE, "no tissue near 0 HU, and much around -2000 HU: rescaled twice")
+
+
+def _check_assumed(tallies: Sequence[Tally]) -> None:
+    """Unrescaled values pass for HU only where they show air: a lowest value near -1000."""
+    least, most = ASSUMED_AIR_HU
+    low = min(tally.low for tally in tallies)
+    if not least <= low <= most:
+        detail = f"assumed to be HU, but the lowest value is {low:g}, not {least:g} to {most:g}"
+        raise ScanError(ReasonCode.RESCALE_MISSING, detail)

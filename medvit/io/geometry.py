@@ -31,11 +31,14 @@ class Stack:
 
     Attributes:
         order: (Z,) indices that sort the given positions along the normal, ascending.
-        affine: (4, 4) voxel (x, y, z, 1) of the sorted stack -> patient LPS, mm.
+        affine: (4, 4) voxel (x, y, z, 1) of the sorted stack -> patient LPS, mm; its axes are not orthogonal where the
+            gantry was tilted.
+        tilt_degrees: between the table's motion and the slice normal; 0 where it is no more than rounding.
     """
 
     order: npt.NDArray[np.intp]
     affine: Floats
+    tilt_degrees: float = 0.0
 
 
 def slice_normal(orientation: Floats) -> Floats:
@@ -64,24 +67,25 @@ def stack_slices(positions: Floats, orientation: Floats, spacing_mm: Floats, thi
         thickness_mm: slice spacing of a single slice; None counts as 1 mm.
 
     Raises:
-        ScanError: `ORIENTATION_INVALID`, `DUP_POSITION`, `GANTRY_TILT`, `SLICE_MISSING` or `SPACING_NONUNIFORM`.
+        ScanError: `ORIENTATION_INVALID`, `DUP_POSITION`, `SLICE_MISSING` or `SPACING_NONUNIFORM`.
     """
     normal = slice_normal(orientation)
     distance = positions @ normal
     order = np.argsort(distance, kind="stable")
+    tilt = 0.0
     if len(order) == 1:
         step = normal * (thickness_mm or 1.0)
     else:
         _check_spacing(distance[order])
         step = (positions[order[-1]] - positions[order[0]]) / (len(order) - 1)
-        _check_line(positions[order], step, normal)
+        tilt = _tilt(positions[order], step, normal)
     affine = np.eye(4)
     # PS3.3 C.7.6.2.1.1: the row direction is along increasing column index, PixelSpacing[1] apart
     affine[:3, 0] = orientation[:3] * spacing_mm[1]
     affine[:3, 1] = orientation[3:] * spacing_mm[0]
     affine[:3, 2] = step
     affine[:3, 3] = positions[order[0]]
-    return Stack(order=order, affine=affine)
+    return Stack(order=order, affine=affine, tilt_degrees=tilt)
 
 
 def _check_spacing(distance: Floats) -> None:
@@ -106,17 +110,73 @@ def _check_spacing(distance: Floats) -> None:
     )
 
 
-def _check_line(positions: Floats, step: Floats, normal: Floats) -> None:
-    """Origins must lie on one line along the normal: a constant in-plane drift is gantry tilt."""
+def _tilt(positions: Floats, step: Floats, normal: Floats) -> float:
+    """Degrees between the line of slice origins and the normal: a constant in-plane drift is gantry tilt.
+
+    The angle is never taken from (0018,1120), which is "not intended for mathematical computations" (PS3.3 C.8.2.1.1).
+    """
     ideal = positions[0] + np.arange(len(positions))[:, None] * step
     if np.abs(positions - ideal).max() > max(2 * SPACING_TOLERANCE_MM, SPACING_TOLERANCE * float(np.linalg.norm(step))):
         raise ScanError(ReasonCode.SPACING_NONUNIFORM, "slice origins do not lie on one line")
     along = float(step @ normal)
     drift = float(np.linalg.norm(step - along * normal))
     # over the whole stack: half a millimetre of shear is more than rounding
-    if drift * (len(positions) - 1) > max(0.5, SPACING_TOLERANCE * abs(along) * len(positions)):
-        angle = np.degrees(np.arctan2(drift, abs(along)))
-        raise ScanError(ReasonCode.GANTRY_TILT, f"slices are sheared by {angle:.1f} degrees")
+    if drift * (len(positions) - 1) <= max(0.5, SPACING_TOLERANCE * abs(along) * len(positions)):
+        return 0.0
+    return float(np.degrees(np.arctan2(drift, abs(along))))
+
+
+def straightened(affine: Floats, shape: tuple[int, int, int]) -> tuple[Floats, tuple[int, int, int], Floats]:
+    """The orthogonal grid that holds all slices of a sheared stack.
+
+    Args:
+        affine: (4, 4) of the sheared stack.
+        shape: its (Z, Y, X).
+
+    Returns:
+        (4, 4) affine and (Z, Y, X) of the straight grid, and (Z, 2) how far each slice moves, in pixels (x, y), >= 0.
+    """
+    x_axis, y_axis, step = affine[:3, 0], affine[:3, 1], affine[:3, 2]
+    in_plane = np.array([step @ x_axis / (x_axis @ x_axis), step @ y_axis / (y_axis @ y_axis)])  # pixels per slice
+    moves = np.arange(shape[0])[:, None] * in_plane
+    least = moves.min(axis=0)
+    extra = np.ceil(moves.max(axis=0) - least - 1e-6).astype(int)
+    straight = affine.copy()
+    straight[:3, 2] = step - in_plane[0] * x_axis - in_plane[1] * y_axis
+    straight[:3, 3] = affine[:3, 3] + least[0] * x_axis + least[1] * y_axis
+    return straight, (shape[0], shape[1] + int(extra[1]), shape[2] + int(extra[0])), moves - least
+
+
+def straighten(hu: npt.NDArray[np.float32], affine: Floats, fill: float) -> tuple[npt.NDArray[np.float32], Floats]:
+    """Undo gantry tilt: move each slice in its plane, by linear interpolation, onto an orthogonal grid.
+
+    Nothing is cut off: the matrix grows by the drift; what no slice covers is `fill`.
+
+    Args:
+        hu: (Z, Y, X).
+        affine: (4, 4), sheared.
+        fill: HU of what lies outside every slice.
+    """
+    straight, shape, moves = straightened(affine, (hu.shape[0], hu.shape[1], hu.shape[2]))
+    result = np.full(shape, fill, np.float32)
+    for plane, target, (across, down) in zip(hu, result, moves, strict=True):
+        target[:] = _moved(_moved(plane, down, shape[1], fill).T, across, shape[2], fill).T
+    return result, straight
+
+
+def _moved(plane: npt.NDArray[np.float32], pixels: float, length: int, fill: float) -> npt.NDArray[np.float32]:
+    """Rows moved towards higher index by a number of pixels >= 0, into an array of `length` rows."""
+    whole = int(np.floor(pixels + 1e-6))
+    share = max(0.0, pixels - whole)
+    if share < 1e-6:
+        between = plane
+    else:
+        # a row that only one neighbour reaches keeps that neighbour: no blend of tissue and fill
+        between = np.concatenate([plane[:1], plane[1:] * (1 - share) + plane[:-1] * share, plane[-1:]])
+    result = np.full((length, plane.shape[1]), fill, np.float32)
+    end = min(length, whole + len(between))
+    result[whole:end] = between[: end - whole]
+    return result
 
 
 def reorient_lps(scan: Scan) -> Scan:

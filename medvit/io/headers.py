@@ -1,57 +1,49 @@
-"""One DICOM header -> a small record, and what can be told from it before any pixel is decoded.
+"""One DICOM file -> small records of its slices.
 
-Headers of real exports hold absent, empty and malformed values; every needed tag goes through a guarded getter, and a
-file is judged by what it is (SOP class, ImageType), never by its name or folder.
+What slices of a series share is kept once: a folder of 100,000 files has to fit in memory.
 """
 
 from __future__ import annotations
 
-import os
-import warnings
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import NamedTuple
 
-import numpy as np
-from pydicom import dcmread
-from pydicom.config import IGNORE
-from pydicom.dataset import Dataset, FileDataset
-from pydicom.errors import InvalidDicomError
-from pydicom.pixels.decoders.base import get_decoder
-from pydicom.uid import UID
-
+from medvit.io import text
+from medvit.io.elements import Elements, Values, read_elements
+from medvit.io.faults import LOSSY, Fault, shared_fault
+from medvit.io.multiframe import frame_values
+from medvit.io.tags import MULTIFRAME_CT, WANTED
+from medvit.io.values import floats, frames, integer, number, padding, plain, scan_header, single
 from medvit.records import ReasonCode, ScanError, ScanHeader
 
-CT_IMAGE = "1.2.840.10008.5.1.4.1.1.2"
-MULTIFRAME_CT = {"1.2.840.10008.5.1.4.1.1.2.1", "1.2.840.10008.5.1.4.1.1.2.2"}
-"""Enhanced CT and Legacy Converted Enhanced CT Image Storage."""
+EXECUTABLE = (b"MZ", b"\x7fELF", b"\xcf\xfa\xed\xfe")
+"""How programs begin, which a preamble can hold (CVE-2019-11687)."""
 
-DICOMDIR = "1.2.840.10008.1.3.10"
-"""Media Storage Directory: has no SOPInstanceUID of its own. Its references are never followed."""
+_OF_THE_SLICE = {"SOPInstanceUID", "ImagePositionPatient", "AcquisitionTime", "ContentTime", "RescaleSlope"}
+_OF_THE_SLICE |= {"RescaleIntercept", "AcquisitionNumber", "TemporalPositionIdentifier", "TriggerTime"}
+_SHARED = tuple(what for what in WANTED.values() if isinstance(what, str) and what not in _OF_THE_SLICE)
 
-IMAGE_MODALITIES = {"MR", "PT", "NM", "US", "CR", "DX", "MG", "XA", "RF", "IVUS", "OCT", "OP", "SM", "ES", "XC", "PX"}
-DEFLATED = b"1.2.840.10008.1.2.1.99"
-"""Deflated Explicit VR: even its header inflates without bound, so it is set aside unread."""
 
-LOSSY = {f"1.2.840.10008.1.2.4.{n}" for n in (50, 51, 81, 91, 203)}
-MAX_VOXELS = 2**26
-"""Largest rows × columns of one slice: 8192 × 8192, far above any CT."""
+class SharedKey(NamedTuple):
+    """Raw form of a `SharedHeader`: equal keys mean equal records, so that most files cost no conversion."""
 
-TAGS = """SOPClassUID SOPInstanceUID StudyInstanceUID SeriesInstanceUID FrameOfReferenceUID Modality ImageType
-    ImageOrientationPatient ImagePositionPatient PixelSpacing SliceThickness Rows Columns NumberOfFrames SamplesPerPixel
-    PhotometricInterpretation BitsAllocated BitsStored HighBit PixelRepresentation PixelPaddingValue
-    PixelPaddingRangeLimit RescaleSlope RescaleIntercept RescaleType LossyImageCompression PatientID PatientName
-    PatientBirthDate PatientSex PatientAge StudyDate InstitutionName Manufacturer BodyPartExamined ConvolutionKernel
-    ContrastBolusAgent SeriesDescription IssuerOfPatientID AcquisitionNumber SpecificCharacterSet
-    ModalityLUTSequence""".split()
+    values: tuple[bytes | None, ...]  # of _SHARED
+    transfer_syntax: str
+    little: bool
+    preamble: bool
+    executable: bool
+    overlays: bool
+    lut: bool
+    rescale_tags: bool
 
 
 @dataclass(frozen=True, slots=True)
-class SliceHeader:
-    """What one CT file says about itself; None where absent or unreadable."""
+class SharedHeader:
+    """What the slices of a series usually have in common; empty, None or a default where absent or unreadable."""
 
-    path: str
-    sop_uid: str
+    key: SharedKey
     series_uid: str
     study_uid: str
     frame_of_reference: str
@@ -59,259 +51,214 @@ class SliceHeader:
     modality: str
     image_type: tuple[str, ...]
     transfer_syntax: str
+    little: bool
     photometric: str
     samples: int
     frames: int
     rows: int
     columns: int
-    bits: int
+    bits_allocated: int
+    bits_stored: int
+    high_bit: int
+    signed: int  # PixelRepresentation: 0 or 1, else a fault
+    padding: tuple[int, int] | None
+    overlays: bool
     orientation: tuple[float, ...] | None
-    position: tuple[float, ...] | None
     spacing_mm: tuple[float, ...] | None
     thickness_mm: float | None
-    slope: float | None
-    intercept: float | None
     rescale_tags: bool
     rescale_type: str
-    patient: tuple[str, str, str]  # id, birth date, sex: must agree within a series
+    kvp: str
+    cardiac_phase: str
+    patient: tuple[str, str, str]  # id, birth date, sex: must agree within a study
     scan: ScanHeader
-    acquisition: str
+    lossy: bool
     preamble: bool
-    truncated: bool
+    executable: bool
+    text_fault: bool
+    integer_fault: bool
+    fault: Fault | None  # why files like this are no slices of a CT volume
 
 
-def parse(path: Path, name: str) -> SliceHeader:
-    """Read the header of one file.
+class SliceHeader(NamedTuple):
+    """One slice: a CT file, or one frame of a multi-frame file.
 
-    Args:
-        path: the file.
-        name: how errors and the record call it.
-
-    Raises:
-        ScanError: `NOT_DICOM`, `IO_ERROR`, `TS_UNSUPPORTED` (deflated), `TAG_INVALID` or `NESTING`.
+    Attributes:
+        pixels: (offset, length) of the pixel data in the file or its inflated data set; length -1 where encapsulated,
+            -2 where there is none.
+        stamp: size and time of change of the file when it was looked at.
+        damaged: the header ends before it should.
     """
-    try:
-        with path.open("rb") as stream, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # lenient reader: only the needed tags decide
-            head = stream.read(1024)
-            if DEFLATED in head:
-                raise ScanError(ReasonCode.TS_UNSUPPORTED, "deflated transfer syntax is not inflated", (name,))
-            preamble = head[128:132] == b"DICM"
-            stream.seek(0)
-            dataset = dcmread(stream, stop_before_pixels=True, specific_tags=TAGS, force=not preamble)
-            truncated = preamble and _pixels_cut_short(stream, dataset)
-            return summarise(dataset, name, preamble=preamble, truncated=truncated)
-    except ScanError:
-        raise
-    except InvalidDicomError:
-        raise ScanError(ReasonCode.NOT_DICOM, "no DICOM header", (name,)) from None
-    except RecursionError:
-        raise ScanError(ReasonCode.NESTING, "sequences nested beyond the interpreter's depth", (name,)) from None
-    except OSError as error:
-        raise ScanError(ReasonCode.IO_ERROR, os.strerror(error.errno or 5), (name,)) from None
-    except Exception as error:  # noqa: BLE001  damaged headers raise nine and more types (HAZARDS 1.2)
-        code = ReasonCode.TAG_INVALID if preamble else ReasonCode.NOT_DICOM
-        raise ScanError(code, f"header unreadable ({type(error).__name__})", (name,)) from None
+
+    path: str
+    frame: int
+    sop_uid: str
+    position: tuple[float, ...] | None
+    slope: float | None
+    intercept: float | None
+    acquisition: str
+    temporal: str
+    times: str
+    pixels: tuple[int, int]
+    stamp: tuple[int, int]
+    damaged: bool
+    shared: SharedHeader
 
 
-def _pixels_cut_short(stream: BinaryIO, dataset: FileDataset) -> bool:
-    """Whether native pixel data ends before the length its element states. The stream stands at the element."""
-    start = stream.tell()
-    head = stream.read(12)
-    if not head:  # the file ends where its pixel data should begin
-        return True
-    if head[:4] != b"\xe0\x7f\x10\x00":  # little endian (7FE0,0010); others are found out when decoding
-        return False
-    explicit = head[4:6] in (b"OW", b"OB")
-    length = int.from_bytes(head[8:12] if explicit else head[4:8], "little")
-    if length == 0xFFFFFFFF:
-        return False  # encapsulated
-    return os.fstat(stream.fileno()).st_size < start + (12 if explicit else 8) + length
+class HeaderReader:
+    """Reads headers, keeping one copy of what slices share.
 
-
-def summarise(dataset: Dataset, name: str, *, preamble: bool = True, truncated: bool = False) -> SliceHeader:
-    """The record of an opened dataset.
-
-    Raises:
-        ScanError: `NOT_DICOM`: no preamble, and nothing in it looks like an image or report.
+    Use one for a whole folder: a slice whose shared elements equal those of one seen before costs no conversion.
     """
-    meta = getattr(dataset, "file_meta", None)
-    # DICOMDIR, and a file cut off early, say what they are in the file meta information alone
-    sop_class = _text(dataset, "SOPClassUID") or str(getattr(meta, "MediaStorageSOPClassUID", ""))
-    if not preamble and not (sop_class.startswith("1.2.840.10008.") and _text(dataset, "SOPInstanceUID")):
-        raise ScanError(ReasonCode.NOT_DICOM, "no DICOM header", (name,))
-    return SliceHeader(
-        path=name,
-        sop_uid=_text(dataset, "SOPInstanceUID"),
-        series_uid=_text(dataset, "SeriesInstanceUID"),
-        study_uid=_text(dataset, "StudyInstanceUID"),
-        frame_of_reference=_text(dataset, "FrameOfReferenceUID"),
-        sop_class=sop_class,
-        modality=_text(dataset, "Modality"),
-        image_type=tuple(str(part) for part in _values(dataset, "ImageType")),
-        transfer_syntax=str(getattr(meta, "TransferSyntaxUID", "1.2.840.10008.1.2")),
-        photometric=_text(dataset, "PhotometricInterpretation"),
-        samples=_integer(dataset, "SamplesPerPixel", 1),
-        frames=_integer(dataset, "NumberOfFrames", 1),
-        rows=_integer(dataset, "Rows", 0),
-        columns=_integer(dataset, "Columns", 0),
-        bits=_integer(dataset, "BitsAllocated", 16),
-        orientation=_floats(dataset, "ImageOrientationPatient", 6),
-        position=_floats(dataset, "ImagePositionPatient", 3),
-        spacing_mm=_floats(dataset, "PixelSpacing", 2),
-        thickness_mm=_float(dataset, "SliceThickness"),
-        slope=_float(dataset, "RescaleSlope"),
-        intercept=_float(dataset, "RescaleIntercept"),
-        rescale_tags="RescaleSlope" in dataset and "RescaleIntercept" in dataset,
-        rescale_type="LUT" if "ModalityLUTSequence" in dataset else _text(dataset, "RescaleType"),
-        patient=(_text(dataset, "PatientID"), _text(dataset, "PatientBirthDate"), _text(dataset, "PatientSex")),
-        scan=scan_header(dataset),
-        acquisition=_text(dataset, "AcquisitionNumber"),
-        preamble=preamble,
-        truncated=truncated,
-    )
 
+    def __init__(self) -> None:
+        self._shared: dict[SharedKey, SharedHeader] = {}
+        self._last: SliceHeader | None = None
 
-def file_fault(header: SliceHeader) -> tuple[ReasonCode, str] | None:
-    """Why this file is no slice of a CT volume medvit can use; None when it may be one."""
-    if header.sop_class in MULTIFRAME_CT or (header.sop_class == CT_IMAGE and header.frames > 1):
-        return ReasonCode.MULTIFRAME_UNSUPPORTED, f"{header.frames} frames in one object"
-    if not header.sop_class or not (header.sop_uid or header.sop_class == DICOMDIR):
-        return ReasonCode.TAG_INVALID, "SOPClassUID or SOPInstanceUID is absent: perhaps cut off"
-    if header.sop_class != CT_IMAGE:
-        code = ReasonCode.MODALITY if header.modality in IMAGE_MODALITIES else ReasonCode.NOT_VOLUME
-        return code, UID(header.sop_class, IGNORE).name
-    if "LOCALIZER" in header.image_type:
-        return ReasonCode.NOT_VOLUME, "localizer"
-    if header.samples != 1 or not header.photometric.startswith("MONOCHROME"):
-        return ReasonCode.PHOTOMETRIC, f"photometric interpretation {header.photometric[:16] or 'absent'}"
-    if not header.series_uid or not header.sop_uid:
-        return ReasonCode.TAG_INVALID, "SeriesInstanceUID or SOPInstanceUID is absent"
-    return None
+    def read(self, path: str | Path, name: str) -> list[SliceHeader]:
+        """The slices of one file: one, or one per frame.
 
+        Args:
+            path: the file.
+            name: how errors and the records call it.
 
-def slice_faults(header: SliceHeader, *, assume_hu: bool) -> list[tuple[ReasonCode, str]]:
-    """What is wrong or worth telling with one slice, from its header alone; each quarantines or flags its series."""
-    faults = []
-    if header.truncated:
-        faults.append((ReasonCode.PIXEL_TRUNCATED, "the file ends before its pixel data"))
-    if header.rows <= 0 or header.columns <= 0:
-        faults.append((ReasonCode.TAG_INVALID, "Rows or Columns is absent or zero"))
-    elif header.rows * header.columns > MAX_VOXELS:
-        faults.append((ReasonCode.RESOURCE_LIMIT, f"{header.rows} x {header.columns} pixels"))
-    if header.orientation is None or header.position is None:
-        faults.append((ReasonCode.ORIENTATION_INVALID, "ImageOrientationPatient or ImagePositionPatient is absent"))
-    if header.spacing_mm is None or min(header.spacing_mm) <= 0:
-        faults.append((ReasonCode.TAG_INVALID, "PixelSpacing is absent or not positive"))
-    if not can_decode(header.transfer_syntax):
-        faults.append((ReasonCode.TS_UNSUPPORTED, f"transfer syntax {header.transfer_syntax[:64]}"))
-    if header.transfer_syntax in LOSSY:
-        faults.append((ReasonCode.LOSSY, f"transfer syntax {header.transfer_syntax}"))
-    if header.photometric == "MONOCHROME1":
-        faults.append((ReasonCode.MONO1, "photometric interpretation MONOCHROME1"))
-    if not header.preamble:
-        faults.append((ReasonCode.NO_PREAMBLE, "no 128-byte preamble"))
-    return faults + _rescale_faults(header, assume_hu=assume_hu)
+        Raises:
+            ScanError: `NOT_DICOM`, `IO_ERROR`, `TAG_INVALID`, `NESTING`, `RESOURCE_LIMIT`, `NOT_REGULAR`.
+        """
+        elements = read_elements(path, name)
+        values = elements.values
+        if "SOPClassUID" not in values and elements.meta_class:
+            # DICOMDIR, and a file cut off early, say what they are in the file meta information alone
+            values["SOPClassUID"] = elements.meta_class.encode()
+        sop_class = plain(values, "SOPClassUID")
+        if elements.preamble is None and not (sop_class.startswith("1.2.840.10008.") and "SOPInstanceUID" in values):
+            raise ScanError(ReasonCode.NOT_DICOM, "no DICOM header", (name,))
+        if sop_class in MULTIFRAME_CT:
+            return [self._slice(elements, each, name, frame) for frame, each in enumerate(frame_values(values))]
+        return [self._slice(elements, values, name, 0)]
 
-
-def _rescale_faults(header: SliceHeader, *, assume_hu: bool) -> list[tuple[ReasonCode, str]]:
-    if header.rescale_type not in ("", "HU"):  # absent means HU for CT (PS3.3 C.8.2.1)
-        return [(ReasonCode.RESCALE_UNITS, f"RescaleType {header.rescale_type[:16]}")]
-    if not header.rescale_tags:
-        return [] if assume_hu else [(ReasonCode.RESCALE_MISSING, "no RescaleSlope or RescaleIntercept")]
-    slope, intercept = header.slope, header.intercept
-    if slope is None or intercept is None or not slope > 0:
-        return [(ReasonCode.RESCALE_INVALID, f"slope {slope}, intercept {intercept}")]
-    return []
-
-
-def can_decode(transfer_syntax: str) -> bool:
-    """Whether pixel data of this transfer syntax can be decoded here."""
-    uid = UID(transfer_syntax, IGNORE)
-    if not uid.is_transfer_syntax or uid.is_deflated:
-        return False
-    if not uid.is_compressed:
-        return True
-    try:
-        return bool(get_decoder(uid).is_available)
-    except NotImplementedError:
-        return False
-
-
-def scan_header(dataset: Dataset) -> ScanHeader:
-    """Identity and acquisition of a dataset."""
-    institution, manufacturer = _text(dataset, "InstitutionName"), _text(dataset, "Manufacturer")
-    return ScanHeader(
-        patient_id=_text(dataset, "PatientID"),
-        issuer=_text(dataset, "IssuerOfPatientID"),
-        patient_name=_text(dataset, "PatientName"),
-        birth_date=_text(dataset, "PatientBirthDate"),
-        frame_of_reference=_text(dataset, "FrameOfReferenceUID"),
-        modality=_text(dataset, "Modality"),
-        study_uid=_text(dataset, "StudyInstanceUID"),
-        series_uid=_text(dataset, "SeriesInstanceUID"),
-        site=institution or manufacturer,
-        site_source="InstitutionName" if institution else "Manufacturer" if manufacturer else "",
-        sex=_text(dataset, "PatientSex"),
-        age=_age_years(dataset),
-        manufacturer=manufacturer,
-        body_part=_text(dataset, "BodyPartExamined"),
-        kernel="\\".join(str(part) for part in _values(dataset, "ConvolutionKernel")),
-        contrast=_text(dataset, "ContrastBolusAgent"),
-        description=_text(dataset, "SeriesDescription"),
-        slice_thickness_mm=_float(dataset, "SliceThickness"),
-    )
-
-
-def _age_years(dataset: Dataset) -> float | None:
-    """PatientAge (AS: 3 digits and D, W, M or Y; PS3.5 table 6.2-1), else birth date to study date."""
-    text = _text(dataset, "PatientAge")
-    unit = {"Y": 1.0, "M": 1 / 12, "W": 7 / 365.25, "D": 1 / 365.25}.get(text[-1:])
-    if unit is not None and text[:-1].isdigit():
-        return round(int(text[:-1]) * unit, 2)
-    try:
-        birth, study = (
-            np.datetime64(f"{d[:4]}-{d[4:6]}-{d[6:8]}")
-            for d in (_text(dataset, "PatientBirthDate"), _text(dataset, "StudyDate"))
+    def _slice(self, elements: Elements, values: Values, name: str, frame: int) -> SliceHeader:
+        preamble = elements.preamble
+        key = SharedKey(
+            tuple(map(values.get, _SHARED)),
+            elements.transfer_syntax,
+            elements.little,
+            preamble is not None,
+            preamble is not None and preamble.startswith(EXECUTABLE),
+            elements.overlays,
+            "ModalityLUTSequence" in values,
+            "RescaleSlope" in values and "RescaleIntercept" in values,
         )
-        years = float((study - birth) / np.timedelta64(1, "D")) / 365.25
-    except ValueError:
-        return None
-    return round(years, 2) if 0 <= years < 130 else None
+        keyword, offset, length = elements.pixels or ("", 0, -2)
+        return self.keep(
+            SliceHeader(
+                name,
+                frame,
+                plain(values, "SOPInstanceUID"),
+                floats(values, "ImagePositionPatient", 3),
+                single(values, "RescaleSlope"),
+                single(values, "RescaleIntercept"),
+                plain(values, "AcquisitionNumber"),
+                plain(values, "TemporalPositionIdentifier"),
+                " ".join(plain(values, name) for name in ("AcquisitionTime", "ContentTime", "TriggerTime")),
+                (offset, length if keyword in ("", "PixelData") else -2),
+                (elements.size, elements.mtime_ns),
+                elements.ends_early,
+                self.shared(key),
+            )
+        )
+
+    def shared(self, key: SharedKey) -> SharedHeader:
+        """The record of a key, made when it is new."""
+        if (known := self._shared.get(key)) is None:
+            known = self._shared[key] = _shared_header(key)
+        return known
+
+    def keep(self, header: SliceHeader) -> SliceHeader:
+        """The same record, sharing values with the one before: neighbours differ in little."""
+        last, self._last = self._last, header
+        if last is None:
+            return header
+        position = header.position
+        if position is not None and last.position is not None:
+            position = tuple(old if old == new else new for old, new in zip(last.position, position, strict=True))
+        self._last = header._replace(
+            position=position,
+            slope=last.slope if last.slope == header.slope else header.slope,
+            intercept=last.intercept if last.intercept == header.intercept else header.intercept,
+            acquisition=last.acquisition if last.acquisition == header.acquisition else header.acquisition,
+            temporal=last.temporal if last.temporal == header.temporal else header.temporal,
+            times=last.times if last.times == header.times else header.times,
+            pixels=last.pixels if last.pixels == header.pixels else header.pixels,
+        )
+        return self._last
 
 
-def _value(dataset: Dataset, keyword: str) -> Any:
-    try:
-        return dataset.get(keyword)
-    except Exception:  # noqa: BLE001  a malformed element raises whatever its parser raises; absent is the right reading
-        return None
+_DEFAULTS = {
+    "SamplesPerPixel": 1,
+    "NumberOfFrames": 1,
+    "Rows": 0,
+    "Columns": 0,
+    "BitsAllocated": 16,
+    "BitsStored": 0,
+    "PixelRepresentation": 0,
+}
+_NEEDED = ("SamplesPerPixel", "Rows", "Columns", "BitsAllocated", "BitsStored", "PixelRepresentation")
 
 
-def _values(dataset: Dataset, keyword: str) -> list[Any]:
-    value = _value(dataset, keyword)
-    if value is None or value == "":
-        return []
-    return [value] if isinstance(value, str | bytes | int | float) else list(value)
+def _shared_header(key: SharedKey) -> SharedHeader:
+    little = key.little
+    values = {name: raw for name, raw in zip(_SHARED, key.values, strict=True) if raw is not None}
+    reader = text.TextReader(values.get("SpecificCharacterSet", b""))
+    scan = scan_header(values, reader)
+    integers = {name: integer(values, name, default, little=little) for name, default in _DEFAULTS.items()}
+    signed = integers["PixelRepresentation"]
+    bits = integers["BitsStored"]
+    shared = SharedHeader(
+        key=key,
+        series_uid=scan.series_uid,
+        study_uid=scan.study_uid,
+        frame_of_reference=scan.frame_of_reference,
+        sop_class=plain(values, "SOPClassUID"),
+        modality=scan.modality,
+        image_type=tuple(plain(values, "ImageType").split("\\")) if "ImageType" in values else (),
+        transfer_syntax=key.transfer_syntax,
+        little=little,
+        photometric=plain(values, "PhotometricInterpretation"),
+        samples=integers["SamplesPerPixel"],
+        frames=frames(values, integers["NumberOfFrames"]),
+        rows=integers["Rows"],
+        columns=integers["Columns"],
+        bits_allocated=integers["BitsAllocated"],
+        bits_stored=bits,
+        high_bit=integer(values, "HighBit", bits - 1, little=little),
+        signed=signed,
+        padding=padding(values, bits, integers["BitsAllocated"], signed=bool(signed), little=little),
+        overlays=key.overlays,
+        orientation=floats(values, "ImageOrientationPatient", 6),
+        spacing_mm=floats(values, "PixelSpacing", 2),
+        thickness_mm=scan.slice_thickness_mm,
+        rescale_tags=key.rescale_tags,
+        rescale_type="LUT" if key.lut else plain(values, "RescaleType"),
+        kvp=plain(values, "KVP"),
+        cardiac_phase=plain(values, "NominalPercentageOfCardiacPhase"),
+        patient=(scan.patient_id, scan.birth_date, scan.sex),
+        scan=scan,
+        lossy=key.transfer_syntax in LOSSY or plain(values, "LossyImageCompression") == "01",
+        preamble=key.preamble,
+        executable=key.executable,
+        text_fault=reader.fault,
+        integer_fault=any(number(values, name, little=little) is None for name in _NEEDED),
+        fault=None,
+    )
+    return replace(shared, fault=shared_fault(shared))
 
 
-def _text(dataset: Dataset, keyword: str) -> str:
-    value = _value(dataset, keyword)
-    return "" if value is None else str(value).strip(" \0")
+def names_of(headers: Iterable[SliceHeader]) -> tuple[str, ...]:
+    """The files of slices, each once, in order."""
+    return tuple(dict.fromkeys(header.path for header in headers))
 
 
-def _floats(dataset: Dataset, keyword: str, count: int) -> tuple[float, ...] | None:
-    try:
-        values = tuple(float(part) for part in _values(dataset, keyword))
-    except (TypeError, ValueError):
-        return None
-    return values if len(values) == count and np.isfinite(values).all() else None
-
-
-def _float(dataset: Dataset, keyword: str) -> float | None:
-    values = _floats(dataset, keyword, 1)
-    return None if values is None else values[0]
-
-
-def _integer(dataset: Dataset, keyword: str, default: int) -> int:
-    value = _float(dataset, keyword)
-    return default if value is None else int(value)
+def shared_by(headers: Iterable[SliceHeader]) -> dict[int, SharedHeader]:
+    """The few different shared headers of many slices, by their `id`."""
+    return {id(one.shared): one.shared for one in headers}

@@ -23,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+from pydicom import dcmread
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.sequence import Sequence
 from pydicom.uid import UID, CTImageStorage, ExplicitVRLittleEndian, MRImageStorage
@@ -41,7 +42,6 @@ __all__ = [
     "make_patients",
     "render",
     "series_uid",
-    "tilt_gantry",
     "turn_prone",
     "write_damaged_series",
     "write_hospital",
@@ -58,7 +58,7 @@ DAMAGE: tuple[ReasonCode, ...] = (
     ReasonCode.SLICE_MISSING,
     ReasonCode.PIXEL_TRUNCATED,
     ReasonCode.RESCALE_MISSING,
-    ReasonCode.GANTRY_TILT,
+    ReasonCode.SPACING_NONUNIFORM,
 )
 """One extra patient each, with a label: the whole series must be set aside."""
 
@@ -204,8 +204,10 @@ def write_damaged_series(
             return write_series(folder, hu, affine, patient, positions=np.delete(np.arange(len(hu)), len(hu) // 2))
         case ReasonCode.RESCALE_MISSING:
             return write_series(folder, hu, affine, patient, rescale=False)
-        case ReasonCode.GANTRY_TILT:
-            return write_series(folder, hu, tilt_gantry(affine, 15.0), patient)
+        case ReasonCode.SPACING_NONUNIFORM:
+            paths = write_series(folder, hu, affine, patient)
+            _shift_slice(paths[-1], 0.4 * float(affine[2, 2]))
+            return paths
         case ReasonCode.PIXEL_TRUNCATED:
             paths = write_series(folder, hu, affine, patient)
             damaged = paths[len(paths) // 2]
@@ -224,12 +226,11 @@ def turn_prone(
     return hu[:, ::-1, ::-1], turned
 
 
-def tilt_gantry(affine: npt.NDArray[np.float64], degrees: float) -> npt.NDArray[np.float64]:
-    """Tilt the image planes about x while the table still moves along z: the volume is sheared."""
-    angle = np.deg2rad(degrees)
-    tilted = affine.copy()
-    tilted[:3, 1] = np.linalg.norm(affine[:3, 1]) * np.array([0, np.cos(angle), np.sin(angle)])
-    return tilted
+def _shift_slice(path: Path, z_mm: float) -> None:
+    dataset = dcmread(path)
+    x, y, z = dataset.ImagePositionPatient
+    dataset.ImagePositionPatient = [x, y, _decimal(z + z_mm)]
+    dataset.save_as(path)
 
 
 def series_uid(patient: PhantomPatient) -> str:

@@ -12,7 +12,7 @@ from pydicom import dcmread
 from pydicom.data import get_testdata_file
 
 from medvit.io import read, scan_folder
-from medvit.io.dicom import stored_values
+from medvit.io.pixels import Layout, stored_values
 from medvit.records import AIR_HU, Outcome, ReasonCode, ScanError
 
 
@@ -129,10 +129,9 @@ def test_stored_values_come_back_from_any_container(bits, signed, spare, extend,
     values = np.random.default_rng(seed).integers(low, low + (1 << bits), (4, 5))
     field = values if extend and signed else values & ((1 << bits) - 1)
     container = ((field << shift) & 0xFFFF).astype("<u2")
-    dataset = Ct().dataset(0)
-    dataset.BitsStored, dataset.HighBit, dataset.PixelRepresentation = bits, bits + shift - 1, int(signed)
-    raw = container.view("<i2" if signed else "<u2").astype(np.int32)
-    np.testing.assert_array_equal(stored_values(raw, dataset), values)
+    layout = Layout("", 4, 5, 16, bits, bits + shift - 1, signed, None, overlays=False, photometric="", frames=1)
+    raw = container.view("<i2" if signed else "<u2")
+    np.testing.assert_array_equal(stored_values(raw, layout), values)
 
 
 # ---- padding, photometric, lookup -----------------------------------------------------------------------------------

@@ -132,10 +132,7 @@ def change(keyword, value, at=None):
 
 C = ReasonCode
 REFUSED = [
-    (Ct(grid=TILTED), C.GANTRY_TILT),  # case D
     (Ct(edit=repeated), C.DUP_POSITION),  # case F
-    (Ct(edit=two_phases), C.MULTIPHASE),
-    (Ct(edit=scout_by_direction), C.ORIENTATION_INVALID),  # case G without its ImageType
     (Ct(edit=uneven), C.SPACING_NONUNIFORM),
     (Ct(edit=bent), C.SPACING_NONUNIFORM),
     (Ct(edit=change("FrameOfReferenceUID", "1.2.77", at=3)), C.ORIENTATION_INVALID),
@@ -254,12 +251,6 @@ def test_what_is_no_dicom_is_rejected_or_skipped_never_read(tmp_path, name, cont
     (entry,) = inventory.files
     assert (entry.outcome, inventory.series) == (outcome, ())
     assert entry.code is not None
-
-
-def test_deflated_file_is_set_aside_unread(tmp_path):
-    Ct(transfer_syntax="1.2.840.10008.1.2.1.99").write(tmp_path, only=[0])
-    (entry,) = scan_folder(tmp_path).files
-    assert (entry.code, entry.outcome) == (ReasonCode.TS_UNSUPPORTED, Outcome.REJECT)
 
 
 def test_unknown_transfer_syntax_is_refused_by_uid(tmp_path):
@@ -457,9 +448,11 @@ def test_file_names_mean_nothing(slices, order):
 def test_frame_has_a_row_for_each_series(tmp_path):
     Ct().write(tmp_path, "a{}")
     Ct(uid=2, grid=TILTED).write(tmp_path, "b{}")
+    Ct(uid=3, edit=uneven).write(tmp_path, "c{}")
     frame = scan_folder(tmp_path).to_frame().set_index("outcome")
     assert frame.loc["ok", "slices"] == 12
-    assert frame.loc["quarantine", "codes"] == "GANTRY_TILT"
+    assert frame.loc["flag", "codes"] == "GANTRY_TILT"
+    assert frame.loc["quarantine", "codes"] == "SPACING_NONUNIFORM"
 
 
 def test_progress_names_each_file_once(tmp_path):

@@ -6,7 +6,7 @@ import sys
 
 import numpy as np
 import pytest
-from ct_builder import TILTED, Ct, assert_is_phantom
+from ct_builder import Ct, assert_is_phantom
 
 import medvit.io
 from medvit.io import read, read_files, scan_folder
@@ -26,11 +26,15 @@ def test_a_folder_with_two_series_is_wrong_usage(tmp_path):
         read(tmp_path)
 
 
+def scattered(dataset, index):
+    dataset.ImagePositionPatient = [-12.5, -40, float(index**2)]
+
+
 def test_a_folder_with_one_faulty_series_raises_its_fault(tmp_path):
-    Ct(grid=TILTED).write(tmp_path)
+    Ct(edit=scattered).write(tmp_path)
     with pytest.raises(ScanError) as caught:
         read(tmp_path)
-    assert caught.value.code is ReasonCode.GANTRY_TILT
+    assert caught.value.code is ReasonCode.SPACING_NONUNIFORM
 
 
 def test_slices_of_two_series_are_not_merged(tmp_path):
@@ -41,7 +45,7 @@ def test_slices_of_two_series_are_not_merged(tmp_path):
 
 
 def test_the_error_crosses_processes_and_names_no_patient(tmp_path):
-    Ct(grid=TILTED).write(tmp_path)
+    Ct(edit=scattered).write(tmp_path)
     (series,) = scan_folder(tmp_path).series
     with pytest.raises(ScanError) as caught:
         read(series)
