@@ -157,7 +157,7 @@ def case_of(scan: Scan) -> Case:
     header = scan.header
     patient = pseudonym("patient", header.patient_id or header.study_uid or "\0".join(scan.files))
     return Case(
-        case_id=pseudonym("case", header.series_uid or "\0".join(scan.files)),
+        case_id=pseudonym("case", header.study_uid, header.series_uid or "\0".join(scan.files)),
         patient_id=patient,
         group=patient,
         root="",

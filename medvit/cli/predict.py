@@ -26,6 +26,13 @@ def parser() -> Parser:
     result.add_argument("--model", metavar="RUN_OR_BUNDLE", type=Path, required=True, help="from medvit-train")
     result.add_argument("--output", metavar="OUT", type=Path, required=True, help="results; kept between runs")
     result.add_argument("--assume-hu", action="store_true", help="take values without rescale tags for HU, flagged")
+    result.add_argument(
+        "--settled",
+        metavar="SECONDS",
+        type=float,
+        default=0.0,
+        help="leave series with a file that changed within so many seconds for the next run (default: 0)",
+    )
     return result
 
 
@@ -40,6 +47,7 @@ def main(argv: list[str] | None = None) -> int:
             model,
             arguments.output,
             assume_hu=arguments.assume_hu,
+            settled_s=arguments.settled,
             start=display.start,
             step=display.step,
         )

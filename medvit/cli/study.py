@@ -15,18 +15,26 @@ from rich.table import Table
 
 from medvit import data, io
 from medvit.cli.console import Display
-from medvit.records import REASONS, Case, Preprocessing, UsageError
+from medvit.records import REASONS, Case, Preprocessing, ReasonCode, UsageError
+
+SHOWN = 20
+"""How many of a kind are listed."""
 
 
 @dataclass(frozen=True)
 class Study:
-    """A folder made ready for training: labelled cases, their cache, and what was set aside."""
+    """A folder made ready for training: labelled cases, who belongs together, their cache, and what was set aside."""
 
     inventory: io.Inventory
     manifest: data.Manifest
-    cases: tuple[Case, ...]
+    grouping: data.Grouping
     cache: data.SliceCache
     failures: tuple[data.Failure, ...]
+
+    @property
+    def cases(self) -> tuple[Case, ...]:
+        """The labelled cases that could be read."""
+        return self.grouping.cases
 
 
 def add_label_arguments(result: argparse.ArgumentParser, *, optional: bool = False) -> None:
@@ -48,7 +56,10 @@ def prepare(arguments: argparse.Namespace, cache_dir: Path, preprocessing: Prepr
     if arguments.labels is None:
         raise UsageError("--labels is missing: training needs a CSV with a key column and a label column (see -h).")
     display.start("reading headers", 0)
-    inventory = io.scan_folder(arguments.folder, assume_hu=arguments.assume_hu, progress=lambda _: display.step())
+    folder = Path(arguments.folder)
+    inventory = io.scan_folder(
+        folder, assume_hu=arguments.assume_hu, index=data.index_path(folder), progress=lambda _: display.step()
+    )
     if not inventory.series:
         raise UsageError(f"{arguments.folder}: no CT among {len(inventory.files)} files. Run medvit-inspect on it.")
     manifest = data.build_manifest(
@@ -58,10 +69,15 @@ def prepare(arguments: argparse.Namespace, cache_dir: Path, preprocessing: Prepr
     labelled = [case for case in manifest.cases if case.label is not None]
     display.start("decoding", len(labelled))
     hashes, failures = cache.build(labelled, display.step)
-    cases = data.group_cases([case for case in labelled if case.case_id in hashes], hashes)
-    if len({case.label for case in cases}) < len(manifest.classes):
+    readable = [case for case in labelled if case.case_id in hashes]
+    if len({case.label for case in readable}) < len(manifest.classes):
         raise UsageError(f"after reading, not every class is left: {len(failures)} cases failed. Run medvit-inspect.")
-    return Study(inventory, manifest, cases, cache, tuple(failures))
+    display.start("looking for copies", len(readable))
+    prints = {}
+    for case in readable:
+        prints[case.case_id] = data.slice_prints(cache.load(case))
+        display.step()
+    return Study(inventory, manifest, data.group_cases(readable, prints), cache, tuple(failures))
 
 
 def set_aside(study: Study) -> bool:
@@ -81,23 +97,41 @@ def show_study(study: Study, folds: Sequence[data.Fold], display: Display) -> No
         "rows of the table match no file": len(manifest.unmatched_rows),
         "usable scans have no row": manifest.without_row,
         "cases have no label": unlabelled,
-        "series were not selected (another of the study was)": len(manifest.not_selected),
     }
     for what, count in notes.items():
         if count:
             say(f"  {count} {what}")
+    for why, count in Counter(other.detail.partition(" (")[0] for other in manifest.not_selected).items():
+        say(f"  {count} not selected: {why}")
     if manifest.unmatched_rows:
-        say(f"  lines without a file: {', '.join(map(str, manifest.unmatched_rows[:20]))}")
+        say(f"  lines without a file: {', '.join(map(str, manifest.unmatched_rows[:SHOWN]))}")
     for failure in study.failures:
         say(f"  set aside {failure.case.case_id}: {failure.error.code} {failure.error.detail}")
     for code, count in Counter(e.code for e in study.inventory.files if e.code is not None).items():
         say(f"  {count} files {code}: {REASONS[code].remedy}")
+    show_grouping(study.grouping, display)
     display.console.print(_class_by_site(study))
     for number, fold in enumerate(folds):
         sizes = ", ".join(
             f"{len(part)} {name}" for name, part in zip(("train", "val", "test"), fold_parts(fold), strict=True)
         )
         say(f"fold {number + 1}: {sizes}" if len(folds) > 1 else f"split: {sizes}")
+
+
+def show_grouping(grouping: data.Grouping, display: Display) -> None:
+    """Which patients stay together under several ids, and why; as hashes."""
+    if copies := sum(ReasonCode.DUP_IDENTICAL in case.codes for case in grouping.cases):
+        display.say(f"  {copies} cases show the same slices as another case: flagged {ReasonCode.DUP_IDENTICAL}")
+    for reason in dict.fromkeys(bond.reason for bond in grouping.bonds):
+        patients = {name for bond in grouping.bonds if bond.reason == reason for name in bond.patients}
+        display.say(f"  joined by {reason}: {len(patients)} patient ids")
+    for bond in grouping.bonds[:SHOWN]:
+        display.say(f"    {bond.reason}: {', '.join(bond.patients)}")
+    for bond in grouping.unused[:SHOWN]:
+        display.say(
+            f"  not used: one {bond.reason} stands with {len(bond.patients)} patient ids, so it names nobody; "
+            "if these are one patient, give them one id"
+        )
 
 
 def fold_parts(fold: data.Fold) -> tuple[Sequence[int], Sequence[int], Sequence[int]]:

@@ -1,25 +1,27 @@
 """Who trains, who selects, who judges: patient-wise splits, and the check that nobody is on two sides.
 
-The unit is the group (`Case.group`): all cases of a patient, joined with cases whose pixels are identical. Slices of
-one patient on both sides are the classic way to a model that only works on paper (CTSCAN: Dice 0.667 mixed, 0.207
-apart; arXiv 2604.15561).
+The unit is the group (`Case.group`, of `medvit.data.identity`): all cases of a person, under whatever id. Slices of one
+patient on both sides are the classic way to a model that only works on paper (CTSCAN: Dice 0.667 mixed, 0.207 apart;
+arXiv 2604.15561).
 """
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 from sklearn.model_selection import StratifiedGroupKFold
 
 from medvit.config import DataConfig
-from medvit.data.manifest import SPLITS
 from medvit.records import Case, GateError, ReasonCode, UsageError
 
 Indices = npt.NDArray[np.intp]
+
+SPLITS = ("train", "val", "test")
+"""What a split column may say."""
 
 
 @dataclass(frozen=True)
@@ -29,38 +31,6 @@ class Fold:
     train: Indices
     val: Indices
     test: Indices
-
-
-def group_cases(cases: Sequence[Case], pixel_hashes: Mapping[str, str]) -> tuple[Case, ...]:
-    """Join patients that share identical pixels into one group, and flag such cases.
-
-    Args:
-        cases: with `group` set to the patient.
-        pixel_hashes: case_id -> hash of its pixels; cases without one stay as they are.
-    """
-    leader: dict[str, str] = {}
-
-    def find(name: str) -> str:
-        while leader.setdefault(name, name) != name:
-            name = leader[name]
-        return name
-
-    by_pixels: dict[str, list[Case]] = defaultdict(list)
-    for case in cases:
-        if case.case_id in pixel_hashes:
-            by_pixels[pixel_hashes[case.case_id]].append(case)
-    for same in by_pixels.values():
-        for case in same:
-            leader[find(case.group)] = find(same[0].group)
-    twins = {case.case_id for same in by_pixels.values() if len(same) > 1 for case in same}
-    return tuple(
-        replace(
-            case,
-            group=find(case.group),
-            codes=(*case.codes, ReasonCode.DUP_IDENTICAL) if case.case_id in twins else case.codes,
-        )
-        for case in cases
-    )
 
 
 def make_folds(cases: Sequence[Case], data: DataConfig, seed: int) -> list[Fold]:
@@ -87,15 +57,6 @@ def make_folds(cases: Sequence[Case], data: DataConfig, seed: int) -> list[Fold]
         check_leakage(cases, fold)
         _check_classes(labels, fold)
     return folds
-
-
-def validation_split(cases: Sequence[Case], chosen: Indices, data: DataConfig, seed: int) -> tuple[Indices, Indices]:
-    """Take a patient-wise, stratified validation part off the chosen cases: (rest, validation)."""
-    labels = np.array([case.label for case in cases])
-    groups = np.array([case.group for case in cases])
-    return _stratified(chosen, labels, groups, _parts(data.validation_fraction), seed + 1, "data.validation_fraction")[
-        0
-    ]
 
 
 def check_leakage(cases: Sequence[Case], fold: Fold) -> None:
@@ -160,7 +121,10 @@ def _leave_sites_out(
     # a patient seen at both kinds of site would leak: the whole patient is held out
     out = np.isin(groups, groups[out])
     if out.all():
-        raise UsageError("data.holdout_sites: nothing is left to train on. Leave at least one site in.")
+        raise UsageError(
+            "data.holdout_sites: nothing is left to train on. Leave at least one site in; and where each site numbers "
+            "its patients from 1, make the ids differ: one id is one patient."
+        )
     return _with_validation(np.flatnonzero(~out), np.flatnonzero(out), labels, groups, data, seed)
 
 

@@ -1,6 +1,7 @@
 """Batch inference over an export folder: a result or a reason for every file, and a second run that continues.
 
-One case per study, its best series. A case that fails is set aside with a code and the others go on.
+One case per study, its best volume (`medvit.data.selection` has the rule). A case that fails is set aside with a code
+and the others go on.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import pandas as pd
 from medvit.data.cache import read_case
 from medvit.data.manifest import unlabelled_cases
 from medvit.data.pipelines import prepare_slices
+from medvit.data.places import index_path
+from medvit.data.selection import NotSelected
 from medvit.deployment.ledger import Ledger, Stored
 from medvit.evaluation.predictions import write_predictions
 from medvit.inference import Model
@@ -51,28 +54,36 @@ def predict_folder(
     output: Path,
     *,
     assume_hu: bool = False,
+    settled_s: float = 0.0,
     start: Callable[[str, int], None] = lambda _what, _total: None,
     step: Callable[[str], None] = lambda _: None,
 ) -> Summary:
     """Predict each study below a folder, and write predictions.csv, quarantine.csv and the ledger to `output`.
 
+    Args:
+        folder: the export.
+        model: what predicts.
+        output: kept between runs.
+        assume_hu: take values without rescale tags for HU, flagged.
+        settled_s: leave series with a file that changed within so many seconds for the next run.
+        start: told of each piece of work and its length; `step` of each unit done.
+        step: see `start`.
+
     Raises:
         UsageError: no such folder, nothing that is CT in it, or `output` belongs to another model.
     """
     start("listing files", 0)
-    inventory = scan_folder(folder, assume_hu=assume_hu, progress=lambda _: step(""))
+    inventory = scan_folder(
+        folder, assume_hu=assume_hu, index=index_path(folder), settled_s=settled_s, progress=lambda _: step("")
+    )
     if not inventory.series:
         raise UsageError(f"{folder}: no CT among {len(inventory.files)} files. medvit-inspect says what each one is.")
     cases, not_selected = unlabelled_cases(inventory)
     with Ledger(output / "ledger.sqlite", model.info.weights_sha256) as ledger:
         start("predicting", len(cases))
         new = [_settle(case, model, ledger, step, assume_hu=assume_hu) for case in cases]
-        failed = {
-            case.series_uid: stored
-            for case in cases
-            if (stored := ledger.find(case.case_id)) is not None and stored.row is None
-        }
-        ledger.put_files(_account(inventory, {series.uid for series in not_selected}, failed))
+        settled = [(case, stored) for case in cases if (stored := ledger.find(case.case_id)) is not None]
+        ledger.put_files(_account(inventory, settled, not_selected))
         export(ledger, output, model.info.classes)
         outcomes = Counter(entry.outcome for entry in ledger.files())
     return Summary(
@@ -83,7 +94,7 @@ def predict_folder(
         skipped=outcomes[Outcome.SKIP],
         predicted=sum(new),
         kept=len(cases) - sum(new),
-        failed=len(failed),
+        failed=sum(stored.row is None for _, stored in settled),
     )
 
 
@@ -120,20 +131,37 @@ def _fingerprint(case: Case) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def _account(inventory: Inventory, not_selected: set[str], failed: dict[str, Stored]) -> Iterable[FileEntry]:
-    """The inventory's entries, corrected by what selection and reading found out."""
+def _account(
+    inventory: Inventory, settled: Iterable[tuple[Case, Stored]], not_selected: Iterable[NotSelected]
+) -> Iterable[FileEntry]:
+    """The inventory's entries, corrected by what selection and reading found out.
+
+    By path, because a multi-frame file may hold several volumes: it is used where one of them is, else set aside where
+    one failed, else not selected.
+    """
+    used, failed = set[str](), dict[str, Stored]()
+    for case, stored in settled:
+        if stored.row is None:
+            failed |= dict.fromkeys(case.files, stored)
+        else:
+            used.update(case.files)
+    passed = {name: other.detail for other in not_selected for name in other.series.files}
     for entry in inventory.files:
-        if entry.outcome.used and entry.series_uid in failed:
-            stored = failed[entry.series_uid]
-            code = ReasonCode(stored.code)
-            outcome = REASONS[code].outcome
-            worst = outcome if outcome.bad else Outcome.QUARANTINE
-            yield replace(entry, outcome=worst, code=code, detail=stored.detail)
-        elif entry.outcome.used and entry.series_uid in not_selected:
-            detail = "another series of this study was chosen"
-            yield replace(entry, outcome=Outcome.SKIP, code=ReasonCode.NOT_SELECTED, detail=detail)
+        if not entry.outcome.used or entry.path in used:
+            yield entry
+        elif entry.path in failed:
+            yield _failed(entry, failed[entry.path])
+        elif entry.path in passed:
+            detail = passed[entry.path]
+            yield entry._replace(outcome=Outcome.SKIP, code=ReasonCode.NOT_SELECTED, detail=detail)
         else:
             yield entry
+
+
+def _failed(entry: FileEntry, stored: Stored) -> FileEntry:
+    code = ReasonCode(stored.code)
+    outcome = REASONS[code].outcome
+    return entry._replace(outcome=outcome if outcome.bad else Outcome.QUARANTINE, code=code, detail=stored.detail)
 
 
 def export(ledger: Ledger, output: Path, classes: Sequence[str]) -> None:

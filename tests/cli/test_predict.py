@@ -1,12 +1,17 @@
 import csv
 import os
+import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from medvit.cli import predict
+from medvit.deployment import batch
+from medvit.deployment.ledger import Ledger
 from medvit.io import scan_folder
+from medvit.records import Outcome, ReasonCode, ScanError
 
 
 def rows(path: Path) -> list[dict[str, str]]:
@@ -25,7 +30,7 @@ def test_every_study_has_a_prediction_or_a_reason(results, export):
     assert len(predicted) == export.patients
     assert all(row["model_sha256"] and row["threshold"] for row in predicted)
     aside = {row["code"] for row in rows(results / "quarantine.csv")}
-    assert {"SLICE_MISSING", "PIXEL_TRUNCATED", "RESCALE_MISSING", "GANTRY_TILT"} <= aside
+    assert {"SLICE_MISSING", "PIXEL_TRUNCATED", "RESCALE_MISSING", "SPACING_NONUNIFORM"} <= aside
 
 
 def test_second_run_adds_nothing_and_repeats_nothing(results, export, trained, capsys):
@@ -58,8 +63,6 @@ def test_results_of_two_models_are_not_mixed(results, export, train_tiny, tmp_pa
 
 
 def test_one_case_that_crashes_does_not_stop_the_others(export, trained, tmp_path, monkeypatch):
-    from medvit.deployment import batch  # noqa: PLC0415
-
     read, calls = batch.read_case, []
 
     def crash_first(case, **settings):
@@ -74,6 +77,73 @@ def test_one_case_that_crashes_does_not_stop_the_others(export, trained, tmp_pat
     crashed = [row for row in rows(tmp_path / "out" / "quarantine.csv") if row["code"] == "WORKER_DIED"]
     assert crashed
     assert all("SECRET" not in row["detail"] for row in crashed)
+
+
+def add_volume(monkeypatch, **changes):
+    """Make the scan find a second volume on the files of the first usable series; returns those files."""
+    scan = batch.scan_folder
+    found = []
+
+    def scan_with_two(folder, **settings):
+        inventory = scan(folder, **settings)
+        series = next(series for series in inventory.series if series.usable)
+        found.extend(series.files)
+        return replace(inventory, series=(*inventory.series, replace(series, part=1, **changes)))
+
+    monkeypatch.setattr(batch, "scan_folder", scan_with_two)
+    return found
+
+
+def account(output, files):
+    """(outcome, code, detail) of each of the files in the ledger."""
+    with Ledger(output / "ledger.sqlite", rows(output / "predictions.csv")[0]["model_sha256"]) as ledger:
+        return {(entry.outcome, entry.code, entry.detail) for entry in ledger.files() if entry.path in files}
+
+
+def test_a_file_of_two_volumes_is_used_where_one_is(export, trained, tmp_path, monkeypatch):
+    files = add_volume(monkeypatch, shape=(1, 8, 8))
+    predict.main([str(export.folder), "--model", str(trained), "--output", str(tmp_path)])
+    assert len(rows(tmp_path / "predictions.csv")) == export.patients
+    assert {outcome.used for outcome, _, _ in account(tmp_path, files)} == {True}
+
+
+def test_the_volume_not_selected_is_accounted_for_with_the_reason(export, trained, tmp_path, monkeypatch):
+    scan = batch.scan_folder
+
+    def split(folder, **settings):
+        inventory = scan(folder, **settings)
+        series = next(series for series in inventory.series if series.usable)
+        parts = [
+            replace(series, files=series.files[:5], shape=(5, *series.shape[1:])),
+            replace(series, files=series.files[5:], shape=(3, *series.shape[1:]), part=1),
+        ]
+        return replace(inventory, series=tuple(parts + [other for other in inventory.series if other is not series]))
+
+    passed = next(series for series in scan(export.folder).series if series.usable).files[5:]
+    monkeypatch.setattr(batch, "scan_folder", split)
+    predict.main([str(export.folder), "--model", str(trained), "--output", str(tmp_path)])
+    detail = "another volume of this series was chosen: more slices (5 against 3)"
+    assert account(tmp_path, passed) == {(Outcome.SKIP, ReasonCode.NOT_SELECTED, detail)}
+
+
+def test_a_failed_volume_sets_its_own_files_aside_and_all_files_are_accounted_for(
+    export, trained, tmp_path, monkeypatch, capsys
+):
+    files = add_volume(monkeypatch, shape=(1, 8, 8))
+    read = batch.read_case
+
+    def fail(case, **settings):
+        if set(case.files) == set(files):
+            raise ScanError(ReasonCode.HU_IMPLAUSIBLE, "constant")
+        return read(case, **settings)
+
+    monkeypatch.setattr(batch, "read_case", fail)
+    predict.main([str(export.folder), "--model", str(trained), "--output", str(tmp_path)])
+    assert account(tmp_path, files) == {(Outcome.QUARANTINE, ReasonCode.HU_IMPLAUSIBLE, "constant")}
+    seen, *parts = map(
+        int, re.findall(r"(\d+) (?:files seen|used|quarantined|rejected|skipped)", capsys.readouterr().out)
+    )
+    assert seen == sum(parts) == len([path for path in export.folder.rglob("*") if path.is_file()])
 
 
 def test_export_of_damaged_series_alone_still_ends_in_order(export, trained, tmp_path):

@@ -1,22 +1,25 @@
 """Labels meet files: by the first key there is, contradictions stop the run, nothing is lost without a word."""
 
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import nibabel as nib
 import numpy as np
 import pytest
-from ct_builder import TILTED, Ct, Grid, phantom_hu
+from ct_builder import Ct, Grid, phantom_hu
 
 from medvit.data import build_manifest
-from medvit.data.manifest import read_labels, select_series, unlabelled_cases
+from medvit.data.labels import read_labels
+from medvit.data.manifest import unlabelled_cases
 from medvit.data.pseudonym import pseudonym
+from medvit.data.selection import select_series
 from medvit.io import read_files, scan_folder
 from medvit.records import EXIT_USAGE, ReasonCode, UsageError
 
 UID = "1.2.826.0.1.3680043.8.498"
 CANARIES = ("Mueller", "0815", "Schmidt", "4711", "Anna", "19600102")
 SMALL = phantom_hu(2)
+GAP = (0, 1, 2, 4, 5)
 
 
 @pytest.fixture
@@ -148,7 +151,7 @@ def test_line_numbers_are_those_of_an_editor(tmp_path, text):
 def test_study_labels_take_the_axial_series_with_most_slices(hospital):
     manifest = manifest_of(hospital, f"study_uid,label\n{UID}.1,yes\n{UID}.2,no\n")
     assert labels_of(manifest) == TWO
-    assert sorted(series.uid for series in manifest.not_selected) == [f"{UID}.1.2", f"{UID}.1.3"]
+    assert sorted(other.series.uid for other in manifest.not_selected) == [f"{UID}.1.2", f"{UID}.1.3"]
 
 
 def test_selection_does_not_depend_on_order(hospital):
@@ -168,16 +171,65 @@ def test_series_without_a_study_are_not_one_study(tmp_path):
 
 
 def test_faulty_series_are_no_candidates(tmp_path):
-    Ct(grid=TILTED).write(tmp_path / "ct", "a{}")
+    Ct().write(tmp_path / "ct", "a{}", only=GAP)
     Ct(hu=SMALL, uid=2).write(tmp_path / "ct", "b{}")
     (case,), _ = unlabelled_cases(scan_folder(tmp_path / "ct"))
     assert case.series_uid.endswith(".1.2")
 
 
 def test_a_folder_without_usable_ct_is_wrong_usage(tmp_path):
-    Ct(grid=TILTED).write(tmp_path / "ct")
+    Ct().write(tmp_path / "ct", only=GAP)
     with pytest.raises(UsageError, match="no usable CT"):
         manifest_of(tmp_path / "ct", "patient_id,label\nMueller-0815,yes\n")
+
+
+def in_parts(inventory, uid, **changes):
+    """The inventory as if the series held a second volume, on the same files unless told otherwise."""
+    parts = [replace(s, part=1, **changes) for s in inventory.series if s.uid == uid]
+    return replace(inventory, series=inventory.series + tuple(parts))
+
+
+def test_a_series_label_means_one_volume_of_the_series(hospital):
+    labels = hospital.parent / "labels.csv"
+    labels.write_text(f"series_uid,label\n{UID}.1.1,yes\n{UID}.2.1,no\n")
+    inventory = in_parts(scan_folder(hospital), f"{UID}.1.1", shape=(99, 20, 24))
+    manifest = build_manifest(inventory, labels)
+    assert [(c.part, c.label) for c in sorted(manifest.cases, key=lambda c: c.label)] == [(0, "no"), (1, "yes")]
+    ((series, why),) = [(other.series, other.detail) for other in manifest.not_selected]
+    assert series.key == (f"{UID}.1", f"{UID}.1.1", 0)
+    assert why == "another volume of this series was chosen: more slices (99 against 4)"
+
+
+def test_volumes_of_one_series_are_different_cases(hospital):
+    uid = f"{UID}.2.1"
+    inventory = scan_folder(hospital)
+    two = in_parts(inventory, uid)
+    second = replace(two, series=tuple(s for s in two.series if s.uid == uid and s.part))
+    first = replace(two, series=tuple(s for s in two.series if s.uid == uid and not s.part))
+    ((one,), _), ((other,), _) = unlabelled_cases(first), unlabelled_cases(second)
+    assert one.case_id != other.case_id
+    assert one.patient_id == other.patient_id
+    assert one == next(case for case in unlabelled_cases(inventory)[0] if case.series_uid == uid)
+
+
+def test_a_file_with_two_volumes_is_one_case_and_a_slice_of_a_part_is_read_alone(hospital):
+    uid = f"{UID}.2.1"
+    Ct(hu=SMALL[:1], study=2, patient="Schmidt-4711").write(hospital / "only", "x{}.dcm")
+    for path in (hospital / "b").iterdir():
+        path.unlink()
+    labels = hospital.parent / "labels.csv"
+    labels.write_text("path,label\nonly/x0.dcm,yes\na/thin0.dcm,no\na/thin1.dcm,no\n")
+    inventory = in_parts(scan_folder(hospital), uid, shape=(7, 20, 24))
+    inventory = replace(
+        inventory, series=tuple(replace(s, part=3) if s.uid == f"{UID}.1.1" else s for s in inventory.series)
+    )
+    manifest = build_manifest(inventory, labels)
+    assert sorted((case.files[0], case.part) for case in manifest.cases) == [
+        ("a/thin0.dcm", 0),
+        ("a/thin1.dcm", 0),
+        ("only/x0.dcm", 1),
+    ]
+    assert [other.series.key for other in manifest.not_selected] == [(f"{UID}.2", uid, 0)]
 
 
 # ---- slices and paths -----------------------------------------------------------------------------------------------
@@ -227,8 +279,12 @@ def test_one_series_uid_in_two_studies_keeps_the_patients_apart(tmp_path):
 
     for n in (1, 2):
         Ct(hu=SMALL, study=n, patient=f"p{n}", edit=same).write(tmp_path / "ct", f"{n}-{{}}")
-    manifest = manifest_of(tmp_path / "ct", "path,label\n1-0,yes\n2-0,no\n")
-    assert {case.patient_id for case in manifest.cases} == {pseudonym("patient", "p1"), pseudonym("patient", "p2")}
+    shutil.copy(tmp_path / "ct" / "2-0", tmp_path / "ct" / "0-copy")
+    manifest = manifest_of(tmp_path / "ct", "path,label\n1-0,yes\n2-0,no\n0-copy,no\n")
+    patients = {case.files[0]: case.patient_id for case in manifest.cases}
+    one, two = pseudonym("patient", "p1"), pseudonym("patient", "p2")
+    assert patients == {"1-0": one, "2-0": two, "0-copy": two}
+    assert len({case.case_id for case in unlabelled_cases(scan_folder(tmp_path / "ct"))[0]}) == 2
 
 
 # ---- volumes --------------------------------------------------------------------------------------------------------

@@ -1,0 +1,88 @@
+"""Cases -> batches: which slices are drawn when, and how scans of different length share a batch.
+
+Every draw depends on seed, epoch and case only, so that workers, ranks and a resumed run see the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from monai.transforms import Compose
+from torch.utils.data import Dataset
+
+from medvit.data.pipelines import choose_slices
+from medvit.records import Case
+
+
+def draw(seed: int, *where: int) -> np.random.RandomState:
+    """Random numbers that depend only on seed and place (epoch, sample, view), never on workers or order."""
+    words = np.random.SeedSequence([seed, *where]).generate_state(4)
+    return np.random.RandomState(words)  # MONAI's transforms draw from RandomState
+
+
+class CaseDataset(Dataset[dict[str, Any]]):
+    """Slices (or cached features) of cases, drawn anew each epoch.
+
+    Args:
+        cases: in a fixed order.
+        load: case -> (Z, size, size) HU or (Z, D) features.
+        labels: (N,) class index of each case.
+        slices: how many to draw of each at most.
+        transform: HU (S, H, W) -> (S, C, H, W); None leaves features as they are.
+        seed: of all draws.
+    """
+
+    def __init__(
+        self,
+        cases: Sequence[Case],
+        load: Callable[[Case], npt.NDArray[Any]],
+        labels: npt.NDArray[np.int64],
+        *,
+        slices: int,
+        transform: Compose | None,
+        seed: int,
+    ) -> None:
+        self.cases, self.load, self.labels = list(cases), load, labels
+        self.slices, self.transform, self.seed, self.epoch = slices, transform, seed, 0
+
+    def __len__(self) -> int:
+        return len(self.cases)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """`input` (S, ...) float32, `label` and `index`."""
+        rng = draw(self.seed, self.epoch, index)
+        volume = self.load(self.cases[index])
+        chosen = np.array(volume[choose_slices(len(volume), self.slices, rng)], np.float32)
+        if self.transform is None:
+            values = torch.from_numpy(chosen)
+        else:
+            self.transform.set_random_state(seed=int(rng.randint(2**31)))
+            values = torch.as_tensor(self.transform(chosen)).as_subclass(torch.Tensor)
+        return {"input": values, "label": int(self.labels[index]), "index": index}
+
+
+def collate(samples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """Pad to the longest: `input` (B, S, ...), `mask` (B, S) true where there is a slice, `label` and `index` (B,)."""
+    longest = max(len(sample["input"]) for sample in samples)
+    first = samples[0]["input"]
+    values = first.new_zeros((len(samples), longest, *first.shape[1:]))
+    mask = torch.zeros((len(samples), longest), dtype=torch.bool)
+    for row, sample in enumerate(samples):
+        values[row, : len(sample["input"])] = sample["input"]
+        mask[row, : len(sample["input"])] = True
+    return {
+        "input": values,
+        "mask": mask,
+        "label": torch.tensor([sample["label"] for sample in samples]),
+        "index": torch.tensor([sample["index"] for sample in samples]),
+    }
+
+
+def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
+    """A shuffle of 0..count-1 that depends only on seed and epoch."""
+    order: list[int] = draw(seed, epoch).permutation(count).tolist()
+    return order
