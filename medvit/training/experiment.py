@@ -20,7 +20,8 @@ import torch
 
 from medvit import __version__
 from medvit.config import Config
-from medvit.data.cache import CaseDataset, FeatureCache, SliceCache, collate
+from medvit.data.cache import FeatureCache, SliceCache
+from medvit.data.dataset import CaseDataset, collate
 from medvit.data.pipelines import Slices, training_transform, window_statistics
 from medvit.data.splits import Fold, Indices
 from medvit.inference import Encoder, Model, with_operating_point
@@ -30,7 +31,7 @@ from medvit.models.classifier import CtClassifier, build_classifier
 from medvit.objectives import OBJECTIVES
 from medvit.objectives.supervised import Objective
 from medvit.records import Case, Prediction
-from medvit.training.loop import History, Metrics, Run, fit
+from medvit.training.loop import History, Metrics, Run, fit, write_metrics
 
 Floats = npt.NDArray[np.float64]
 
@@ -97,8 +98,7 @@ class Experiment:
     reporter: Reporter = field(default_factory=Reporter)
     resume: bool = False
     weights: WeightReport = field(default_factory=lambda: WeightReport("none"), init=False)
-    features: dict[str, npt.NDArray[np.float32]] = field(default_factory=dict, init=False)
-    features_of: tuple[float, ...] = field(default=(), init=False)
+    features: FeatureCache | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         self.labels = np.array([self.classes.index(str(case.label)) for case in self.cases], np.int64)
@@ -151,9 +151,8 @@ class Experiment:
         return model
 
     def _write_metrics(self, histories: Sequence[History]) -> None:
-        with (self.folder / "metrics.jsonl").open("w", encoding="utf-8") as stream:
-            for number, history in enumerate(histories):
-                stream.writelines(json.dumps({"fold": number, **row}) + "\n" for row in history.rows)
+        rows = ({"fold": number, **row} for number, history in enumerate(histories) for row in history.rows)
+        write_metrics(self.folder / "metrics.jsonl", rows)
 
     def time_step(self, train: Indices) -> Timing:
         """Time one training step on the first batch of the given cases, after one to warm up."""
@@ -247,19 +246,11 @@ class Experiment:
         prep = self.config.preprocessing
         model = self.config.model.model_dump(mode="json")
         settings = json.dumps([prep.model_dump(mode="json"), encoder.mean, encoder.std, model])
-        cache = FeatureCache(self.slices, f"{settings} {self.weights.sha256} {self.config.training.seed}")
-
-        if self.features_of != encoder.mean + encoder.std:  # each fold may normalise by its own training split
-            self.features, self.features_of = {}, encoder.mean + encoder.std
-        missing = [case for case in self.cases if case.case_id not in self.features and cache.load(case) is None]
-        self._encode(missing, encoder, cache)
-
-        def load(case: Case) -> npt.NDArray[np.float32]:
-            if case.case_id not in self.features:
-                self.features[case.case_id] = np.array(cache.load(case))
-            return self.features[case.case_id]
-
-        return load
+        backbone = f"{settings} {self.weights.sha256} {self.config.training.seed}"
+        if self.features is None or self.features.backbone_hash != backbone:  # each fold may normalise by its own split
+            self.features = FeatureCache(self.slices, backbone)
+            self._encode([case for case in self.cases if self.features.find(case) is None], encoder, self.features)
+        return self.features.load  # a method, which loader processes can be sent
 
     def _encode(self, missing: Sequence[Case], encoder: Encoder, cache: FeatureCache) -> None:
         """Compute features, many small cases at once, and keep them in the cache."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,14 +23,17 @@ from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 
 from medvit.config import Stage, TrainingConfig
-from medvit.data.cache import CaseDataset, collate, epoch_order
+from medvit.data.dataset import CaseDataset, collate, epoch_order
 from medvit.objectives.supervised import Objective
 from medvit.records import MedvitError
 from medvit.training import checkpoint
+from medvit.training.waiting import WaitingClock, advice
 
 Metrics = dict[str, float]
 
 BACKBONE = "classifier.backbone."
+RATES = {"head": "lr", "backbone": "lr_backbone"}
+"""What the rows of metrics call the learning rate of a parameter group."""
 
 _log = logging.getLogger(__name__)
 
@@ -104,6 +107,8 @@ def fit(
     with SummaryWriter(str(run.folder / "tensorboard")) as board:
         session = _Session(objective, dataset, config, validate, run, board)
         session.train()
+    if told := advice(session.waiting, run.workers):
+        _log.warning(told)
     if run.stop_after is None and config.select == "best":
         session.load_best()
     objective.eval()
@@ -125,7 +130,7 @@ class _Session:
         self.objective, self.dataset, self.config, self.validate = objective, dataset, config, validate
         self.run, self.board = run, board
         self.fabric = make_fabric(config)
-        self.history = History()
+        self.history, self.waiting = History(), WaitingClock()
         self.epochs = sum(stage.epochs for stage in config.stages)
         self.steps = math.ceil(math.ceil(len(dataset) / config.batch_size) / config.accumulate)
         self.checkpoints = run.folder
@@ -152,17 +157,18 @@ class _Session:
             scheduler.load_state_dict(resumed[1]["scheduler"])
         model, optimizer = self.fabric.setup(self.objective, optimizer)
         for epoch in range(max(epochs.start, len(self.history.rows)), epochs.stop):
-            loss = self._run_epoch(model, optimizer, scheduler, epoch)
-            self._finish_epoch(stage, epoch, loss, optimizer, scheduler)
+            row = {"epoch": epoch + 1, "stage": stage.name}
+            row |= self._run_epoch(model, optimizer, scheduler, epoch)
+            self._finish_epoch(row, optimizer, scheduler)
 
-    def _run_epoch(self, model: Any, optimizer: Any, scheduler: LambdaLR, epoch: int) -> float:
-        """One pass over the cases; returns the mean loss."""
+    def _run_epoch(self, model: Any, optimizer: Any, scheduler: LambdaLR, epoch: int) -> Metrics:
+        """One pass over the cases; returns the mean loss, the rates, and the share of waiting for input."""
         torch.manual_seed(self.config.seed * 100_003 + epoch)  # dropout and drop-path
         self.dataset.epoch = epoch
         loader = self.fabric.setup_dataloaders(self._loader(epoch))
         self.objective.train()
         total, count = 0.0, len(loader)
-        for number, batch in enumerate(loader):
+        for number, batch in enumerate(self.waiting.watch(loader)):
             # a last, shorter accumulation is averaged over the batches that it has
             group = number // self.config.accumulate
             in_group = min(self.config.accumulate, count - group * self.config.accumulate)
@@ -184,7 +190,8 @@ class _Session:
                 scheduler.step()
                 self.objective.after_step()
             self.run.on_step(f"epoch {epoch + 1}/{self.epochs}  loss {total / (number + 1):.3f}")
-        return total / count
+        rates = {RATES[group["name"]]: group["lr"] for group in optimizer.param_groups}
+        return {"loss": total / count, **rates, "waiting_share": self.waiting.last}
 
     def _loader(self, epoch: int) -> DataLoader[dict[str, Any]]:
         order = epoch_order(len(self.dataset), self.config.seed, epoch)
@@ -204,22 +211,21 @@ class _Session:
             )
         return value
 
-    def _finish_epoch(self, stage: Stage, epoch: int, loss: float, optimizer: Any, scheduler: LambdaLR) -> None:
-        row: dict[str, Any] = {"epoch": epoch + 1, "stage": stage.name, "loss": loss, "lr": scheduler.get_last_lr()[0]}
+    def _finish_epoch(self, row: dict[str, Any], optimizer: Any, scheduler: LambdaLR) -> None:
+        epoch = row["epoch"]
         if self.run.stop_after is None:
             judged = self.validate()
             row |= {f"val_{name}": value for name, value in judged.items()}
             score = (-math.inf if math.isnan(judged["auroc"]) else judged["auroc"], -judged["loss"])
             if self.config.select == "last" or score > self.history.best_score:
-                self.history.best_score, self.history.best_epoch = score, epoch + 1
+                self.history.best_score, self.history.best_epoch = score, epoch
                 if self.config.select == "best":
-                    checkpoint.save(self.checkpoints / "best.safetensors", self._weights(), {"epoch": epoch + 1})
+                    checkpoint.save(self.checkpoints / "best.safetensors", self._weights(), {"epoch": epoch})
         self.history.rows.append(row)
         for name, value in row.items():
             if isinstance(value, float):
-                self.board.add_scalar(name, value, epoch + 1)
-        with (self.run.folder / "metrics.jsonl").open("w", encoding="utf-8") as stream:
-            stream.writelines(json.dumps(entry) + "\n" for entry in self.history.rows)
+                self.board.add_scalar(name, value, epoch)
+        write_metrics(self.run.folder / "metrics.jsonl", self.history.rows)
         self._save(optimizer, scheduler)
         self.run.on_epoch(row)
 
@@ -276,6 +282,14 @@ class _Session:
         self.objective.load_state_dict(weights, strict=False)
 
 
+def write_metrics(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """One JSON object per line; what is not finite is null, for JSON has no other word for it."""
+    with path.open("w", encoding="utf-8") as stream:
+        for row in rows:
+            finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+            stream.write(json.dumps(finite, allow_nan=False) + "\n")
+
+
 def warmup_cosine(stage: Stage, steps: int) -> Callable[[int], float]:
     """Factor on each group's peak rate at a step: linear warm-up, then half a cosine down to `min_lr`, then flat.
 
@@ -293,7 +307,7 @@ def warmup_cosine(stage: Stage, steps: int) -> Callable[[int], float]:
 
 
 def parameter_groups(objective: Objective, stage: Stage) -> list[dict[str, Any]]:
-    """Trainable parameters, each in exactly one group: backbone or not, decayed or not.
+    """Trainable parameters, each in exactly one group: backbone or not (its `name`), decayed or not.
 
     Biases, norms, tokens and position embeddings are not decayed.
     """
@@ -308,6 +322,7 @@ def parameter_groups(objective: Objective, stage: Stage) -> list[dict[str, Any]]
             groups.setdefault((id(parameter) in ids, decayed), []).append(parameter)
     return [
         {
+            "name": "backbone" if in_backbone else "head",
             "params": members,
             "lr": backbone_lr if in_backbone else stage.lr,
             "weight_decay": stage.weight_decay if decayed else 0.0,

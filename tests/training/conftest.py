@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from medvit.config import ModelConfig, ObjectiveConfig
-from medvit.data.cache import CaseDataset
+from medvit.data.dataset import CaseDataset
 from medvit.models.classifier import build_classifier
 from medvit.objectives import OBJECTIVES
 from medvit.objectives.supervised import Objective

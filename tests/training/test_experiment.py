@@ -1,4 +1,5 @@
 import json
+import pickle
 import statistics
 from pathlib import Path
 from typing import Any
@@ -199,6 +200,16 @@ def test_frozen_trunk_is_computed_once_and_predicts_what_the_uncached_path_does(
         uncached = model.predict_slices(experiment.slices.load(case), case)
         assert uncached.probabilities == pytest.approx(prediction.probabilities, abs=1e-5)
         np.testing.assert_allclose(uncached.slice_weights, prediction.slice_weights, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", STAGES)
+def test_what_loads_cases_can_be_sent_to_loader_processes(mode, root, tmp_path):
+    experiment = make(root, tmp_path, mode=mode)
+    model = experiment._model(FOLDS[0].train)
+    dataset = experiment._dataset(model.encoder, FOLDS[0].train)
+    sent = pickle.loads(pickle.dumps(dataset))
+    for index in range(len(dataset)):
+        assert (sent[index]["input"] == dataset[index]["input"]).all()
 
 
 def test_features_of_one_trunk_are_not_taken_for_anothers(root, tmp_path):

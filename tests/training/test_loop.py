@@ -7,13 +7,16 @@ from typing import Any
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 
 from medvit.config import Stage, TrainingConfig
-from medvit.data.cache import collate, epoch_order
-from medvit.records import MedvitError
+from medvit.data.dataset import collate, epoch_order
+from medvit.records import Case, MedvitError
+from medvit.training import loop
 from medvit.training.checkpoint import load
 from medvit.training.loop import Run, fit, parameter_groups, warmup_cosine
+from medvit.training.waiting import WaitingClock
 
 BACKBONE = "classifier.backbone."
 HEAD_THEN_ALL = (Stage(name="head", trainable="head", epochs=2, lr=1e-2), Stage(name="all", epochs=2, lr=1e-2))
@@ -252,8 +255,58 @@ def test_metrics_are_one_json_row_per_epoch(make_objective, make_dataset, tmp_pa
     history = fit(make_objective(), make_dataset(), config, rising(), Run(folder=tmp_path))
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert rows == history.rows
+    assert all(0 <= row["waiting_share"] <= 1 for row in rows)
     assert [(row["epoch"], row["stage"]) for row in rows] == [(1, "head"), (2, "head"), (3, "all"), (4, "all")]
     assert {"loss", "lr", "val_auroc", "val_loss"} <= set(rows[0])
+
+
+def test_rates_of_head_and_backbone_are_in_the_metrics(make_objective, make_dataset, tmp_path):
+    stages = (
+        Stage(name="head", trainable="head", epochs=1, lr=1e-2, min_lr=1),
+        Stage(name="all", epochs=1, lr=1e-3, backbone_lr=1e-5, min_lr=1),
+    )
+    head, everything = fit(
+        make_objective(), make_dataset(), training(stages=stages), rising(), Run(folder=tmp_path)
+    ).rows
+    assert head["lr"] == pytest.approx(1e-2)
+    assert "lr_backbone" not in head
+    assert (everything["lr"], everything["lr_backbone"]) == pytest.approx((1e-3, 1e-5))
+
+
+def test_metrics_are_strict_json_where_a_figure_is_undefined(make_objective, make_dataset, tmp_path):
+    fit(make_objective(), make_dataset(), training(), scripted((math.nan, 0.5)), Run(folder=tmp_path))
+
+    def refuse(word: str) -> None:
+        raise AssertionError(word)
+
+    row = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=refuse)
+    assert (row["val_auroc"], row["val_loss"]) == (None, 0.5)
+
+
+@pytest.mark.parametrize(("seconds", "share"), [(4.0, 0.8), (0.1, 0.1 / 1.1)])  # per batch; a step takes one
+def test_share_of_waiting_is_logged_and_told_where_it_is_large(
+    seconds, share, make_objective, make_dataset, tmp_path, monkeypatch, caplog
+):
+    time = [0.0]
+    dataset, objective = make_dataset(6), make_objective()
+    load = dataset.load
+
+    def slow_load(case: Case) -> Any:
+        time[0] += seconds / 2  # of the two cases of a batch
+        return load(case)
+
+    def step(*_: Any) -> None:
+        time[0] += 1.0
+
+    dataset.load = slow_load
+    objective.register_forward_pre_hook(step)
+    monkeypatch.setattr(loop, "WaitingClock", lambda: WaitingClock(lambda: time[0]))
+    history = fit(objective, dataset, training(), rising(), Run(folder=tmp_path))
+    assert history.rows[0]["waiting_share"] == pytest.approx(share)
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert events.Scalars("waiting_share")[0].value == pytest.approx(share)
+    assert ("80% of the training time (12 s) went by waiting" in caplog.text) == (share > 0.2)
+    assert ("data.workers, now 0" in caplog.text) == (share > 0.2)
 
 
 def test_board_has_the_metrics(make_objective, make_dataset, tmp_path):
@@ -302,7 +355,8 @@ def test_weights_of_the_last_whole_epoch_survive_divergence(make_objective, make
 
 @pytest.mark.parametrize("epoch", [1, 2, 3, 4])
 @pytest.mark.parametrize("select", ["best", "last"])
-def test_interrupted_fit_goes_on_bit_for_bit(epoch, select, make_objective, make_dataset, tmp_path):
+def test_interrupted_fit_goes_on_bit_for_bit(epoch, select, make_objective, make_dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "WaitingClock", lambda: WaitingClock(lambda: 0.0))  # time is no part of the result
     config = training(stages=HEAD_THEN_ALL, select=select)  # epoch 2 ends a stage
     script = [(0.5, 1.0), (0.6, 1.0), (0.9, 1.0), (0.7, 1.0)]
     whole = make_objective(random=True)
