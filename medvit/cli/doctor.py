@@ -21,8 +21,9 @@ import psutil
 from medvit import __version__, data
 from medvit.cli.console import Parser, command, tables
 from medvit.config import shipped_configs
-from medvit.io.headers import can_decode
-from medvit.records import EXIT_DONE
+from medvit.io import sandbox, selftest
+from medvit.io.faults import can_decode
+from medvit.records import EXIT_DONE, MedvitError
 
 TRANSFER_SYNTAXES = {
     "1.2.840.10008.1.2.5": "RLE",
@@ -89,6 +90,20 @@ def check_codecs() -> list[Finding]:
     ]
 
 
+def check_reading() -> list[Finding]:
+    """A synthetic CT goes through the reader and its workers, and through SimpleITK."""
+    try:
+        selftest.check_orientation()
+    except MedvitError as error:
+        return [Finding("reading self-test", False, str(error))]
+    pool = sandbox.shared()
+    limits = f"up to {pool.size} processes, {pool.memory_bytes / 2**30:.1f} GiB and {pool.deadline_s:.0f} s a task"
+    return [
+        Finding("reading self-test", True, "a phantom is where it was written, and SimpleITK agrees"),
+        Finding("decoding in workers", bool(pool.pids), limits if pool.pids else "none: a codec's crash ends the run"),
+    ]
+
+
 def check_devices() -> list[Finding]:
     """Where training and prediction can run."""
     torch = importlib.import_module("torch")  # seconds: only this command pays for it here
@@ -146,6 +161,7 @@ CHECKS: tuple[Callable[[], list[Finding]], ...] = (
     check_versions,
     check_opencv,
     check_codecs,
+    check_reading,
     check_devices,
     check_weights,
     check_resources,
