@@ -50,6 +50,8 @@ def differ(patients: Iterable[tuple[str, str, str]]) -> bool:
 def file_fault(header: SliceHeader) -> Fault | None:
     """Why this file is no slice of a CT volume medvit can use; None when it may be one."""
     shared = header.shared
+    if shared.fault is None and not header.damaged and _LEGAL_UID.fullmatch(header.sop_uid):
+        return None
     if not shared.sop_class or not (header.sop_uid or shared.sop_class == DICOMDIR):
         return ReasonCode.TAG_INVALID, "SOPClassUID or SOPInstanceUID is absent: perhaps cut off"
     if header.damaged and not shared.photometric and shared.sop_class in MULTIFRAME_CT | {CT_IMAGE}:

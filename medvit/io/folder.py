@@ -130,14 +130,15 @@ class _Listing:
         known = index.known(folder) if index is not None else iter(())
         before, prefix, changed = next(known, None), f"{folder}/" if folder else "", False
         files, folders = list[Known](), list[str]()
-        tell = self.progress or (lambda _: None)
+        tell = self.progress
         for item in items:
             name, path = item.name, prefix + item.name
             while before is not None and before[0] < name:
                 before, changed = next(known, None), True
             if before is not None and before[0] == name:
                 if _stamp(item) == before[1]:
-                    tell(path)
+                    if tell is not None:
+                        tell(path)
                     self._take(path, before[2])
                     files.append(before)
                     before = next(known, None)
@@ -146,7 +147,8 @@ class _Listing:
             if item.is_dir(follow_symlinks=False):
                 folders.append(path)
                 continue
-            tell(path)
+            if tell is not None:
+                tell(path)
             if (found := self._file(item, path)) is not None:
                 files.append((name, _stamp(item) if index is not None else (0, 0, 0), found))
                 changed = True
@@ -176,7 +178,10 @@ class _Listing:
         if isinstance(found, ScanError):
             self._set_aside(path, found.code, found.detail)
             return
-        judged = {faults.file_fault(one) for one in found} if len(found) > 1 else {faults.file_fault(found[0])}
+        if len(found) == 1 and faults.file_fault(found[0]) is None:
+            self.slices.append(found[0])
+            return
+        judged = {faults.file_fault(one) for one in found}
         if judged == {None}:
             self.slices += found
             return

@@ -21,8 +21,7 @@ from medvit.io import codestream
 from medvit.io.elements import DEFLATED, EXPLICIT_BIG, NATIVE
 from medvit.records import AIR_HU, ReasonCode, ScanError
 
-PREFERRED = {"1.2.840.10008.1.2.4.80": "pyjpegls", "1.2.840.10008.1.2.4.81": "pyjpegls"}
-"""Transfer syntax -> plugin, where the one that pydicom takes first is not the fastest: gdcm takes twice as long."""
+JPEG_LS = {"1.2.840.10008.1.2.4.80", "1.2.840.10008.1.2.4.81"}
 
 HU_RANGE_LIMIT = 20_000.0
 """Wider than this is no CT: metal in extended-scale CT stays below."""
@@ -160,14 +159,21 @@ def _data_set_start(data: bytes) -> int:
     return 144 + int.from_bytes(data[140:144], "little")
 
 
-def _check_items(data: bytes) -> None:
-    """Encapsulated pixel data is items up to a delimiter (PS3.5 A.4); one that lost bytes swallows what follows it."""
-    at = 0
+def _fragments(data: bytes) -> list[bytes]:
+    """The items of encapsulated pixel data up to their delimiter (PS3.5 A.4), the offset table first.
+
+    Raises:
+        ScanError: `PIXEL_TRUNCATED`: an item that lost bytes would swallow what follows it.
+    """
+    at, items = 0, []
     while data[at : at + 4] == b"\xfe\xff\x00\xe0":
-        at += 8 + int.from_bytes(data[at + 4 : at + 8], "little")
-    if data[at : at + 8] != b"\xfe\xff\xdd\xe0\0\0\0\0":
+        length = int.from_bytes(data[at + 4 : at + 8], "little")
+        items.append(data[at + 8 : at + 8 + length])
+        at += 8 + length
+    if data[at : at + 8] != b"\xfe\xff\xdd\xe0\0\0\0\0" or len(items) < 2:
         raise ScanError(ReasonCode.PIXEL_TRUNCATED, "the fragments do not end where they say")
     _check_single(data[at + 8 : at + 12])
+    return items
 
 
 def _check_single(tag: bytes) -> None:
@@ -177,13 +183,33 @@ def _check_single(tag: bytes) -> None:
 
 def _decoded(data: bytes, layout: Layout, frame: int) -> npt.NDArray[Any]:
     """(H, W) container values of one encapsulated frame."""
-    _check_items(data)
-    from pydicom.encaps import get_frame  # noqa: PLC0415  native pixels do without
+    items = _fragments(data)
+    if layout.frames == 1:
+        coded = b"".join(items[1:])
+    else:
+        from pydicom.encaps import get_frame  # noqa: PLC0415  native pixels do without
+
+        coded = get_frame(data, frame, number_of_frames=layout.frames)
+    _check_stream(codestream.describe(coded), layout)
+    if layout.transfer_syntax in JPEG_LS and layout.bits_allocated <= 16:
+        return _from_jpeg_ls(coded, layout)
+    return _from_pydicom(data, layout, frame)
+
+
+def _from_jpeg_ls(coded: bytes, layout: Layout) -> npt.NDArray[Any]:
+    """By CharLS itself: through pydicom, gdcm would come first and take twice as long."""
+    import jpeg_ls  # noqa: PLC0415
+
+    decoded, about = jpeg_ls.decode_pixel_data(coded)
+    dtype = np.dtype(f"<{'i' if layout.signed else 'u'}{1 if about['bits_per_sample'] <= 8 else 2}")
+    if len(decoded) != layout.rows * layout.columns * dtype.itemsize:
+        raise ScanError(ReasonCode.PIXEL_TRUNCATED, f"{len(decoded)} bytes decoded, header says otherwise")
+    return np.frombuffer(decoded, dtype).reshape(layout.rows, layout.columns)
+
+
+def _from_pydicom(data: bytes, layout: Layout, frame: int) -> npt.NDArray[Any]:
     from pydicom.pixels.decoders.base import get_decoder  # noqa: PLC0415
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        _check_stream(codestream.describe(get_frame(data, frame, number_of_frames=layout.frames)), layout)
     options: dict[str, Any] = {
         "index": frame,
         "rows": layout.rows,
@@ -200,10 +226,7 @@ def _decoded(data: bytes, layout: Layout, frame: int) -> npt.NDArray[Any]:
     }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        decoder = get_decoder(layout.transfer_syntax)
-        plugin = PREFERRED.get(layout.transfer_syntax, "")
-        options["decoding_plugin"] = plugin if plugin in decoder.available_plugins else ""
-        values, _ = decoder.as_array(data, raw=True, **options)
+        values, _ = get_decoder(layout.transfer_syntax).as_array(data, raw=True, **options)
     if values.shape != (layout.rows, layout.columns):
         raise ScanError(ReasonCode.PIXEL_TRUNCATED, f"decoded {values.shape}, header says otherwise")
     return values
