@@ -182,7 +182,12 @@ def repaired(dataset: Dataset) -> Dataset:
 
 
 def uid_of(keyword: str) -> Callable[[Dataset], str]:
-    return lambda dataset: str(dataset[keyword].value if keyword in dataset else "").strip(" \0")
+    def ask(dataset: Dataset) -> str:
+        if keyword in dataset and dataset[keyword].VR == "AT":
+            raise TypeError  # a UID read as pairs of numbers is no opinion
+        return str(dataset[keyword].value if keyword in dataset else "").strip(" \0")
+
+    return ask
 
 
 def numbers_of(keyword: str) -> Callable[[Dataset], np.ndarray]:
