@@ -17,7 +17,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from operator import itemgetter
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -26,9 +25,6 @@ from medvit.io.headers import SliceHeader
 from medvit.io.index import Index, Known, Stamp
 from medvit.io.inventory import FileEntry, Inventory, Series, stamp_of
 from medvit.records import REASONS, Outcome, ReasonCode, ScanError, UsageError
-
-if TYPE_CHECKING:
-    pass
 
 HARMLESS_SUFFIXES = {".csv", ".txt", ".json", ".xml", ".html", ".md", ".pdf", ".jpg", ".jpeg", ".png", ".log", ".ini"}
 HARMLESS_SUFFIXES |= {".raw", ".zraw"}  # the pixels of an .mhd or .nhdr, read through it
@@ -65,7 +61,7 @@ def scan_folder(
     Args:
         folder: searched with all subfolders; links are never followed.
         assume_hu: take values without RescaleSlope and RescaleIntercept for HU, and flag them.
-        index: file that remembers headers between runs (PHI: keep it with the run); only new files are opened then.
+        index: file that remembers headers between runs, identity included; only new files are opened then.
         settled_s: a series with a file changed within this many seconds is still arriving: `INCOMPLETE`.
         progress: called with each file's relative path before it is read.
 
@@ -207,9 +203,8 @@ class _Listing:
             grouped[one.shared.study_uid, one.shared.series_uid].append(one)
         copies, conflicts = self._duplicates()
         mixed, torn = _mixed_studies(self.slices), _torn_series(self.slices)
-        whole = (
-            {one.sop_uid for one in self.slices} if self.broken else set()
-        )  # a broken copy of these takes nothing away
+        # a broken copy of a whole slice takes nothing away
+        whole = {one.sop_uid for one in self.slices} if self.broken else set()
         broken = {
             (one.shared.study_uid, one.shared.series_uid): error
             for one, error in self.broken
