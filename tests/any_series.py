@@ -15,7 +15,6 @@ from random import Random
 import numpy as np
 from ct_builder import Ct, Grid, save, world_points
 from pydicom import Dataset
-from pydicom.encaps import encapsulate
 
 from medvit.io import FileEntry, Inventory, Series, read
 from medvit.records import REASONS, Outcome, ReasonCode, Scan, ScanError
@@ -68,7 +67,7 @@ class AnySeries:
             path.parent.mkdir(parents=True, exist_ok=True)
             dataset = ct.dataset(index)
             ct.edit(dataset, index)
-            save_slice(dataset, path)
+            save(dataset, path)
         return paths
 
 
@@ -158,48 +157,6 @@ def any_edit(random: Random, count: int) -> Callable[[Dataset, int], None]:
             block.add_new(0x11, "LO", f"protocol {index}")
 
     return edit
-
-
-def save_slice(dataset: Dataset, path: Path) -> None:
-    """As `ct_builder.save`, which has no encoder for JPEG lossless."""
-    if dataset.file_meta.TransferSyntaxUID != JPEG_LOSSLESS:
-        save(dataset, path)
-        return
-    stored = np.frombuffer(dataset.PixelData, "<u2").reshape(dataset.Rows, dataset.Columns)
-    dataset.PixelData = encapsulate([jpeg_lossless(stored)])
-    dataset["PixelData"].VR = "OB"
-    dataset["PixelData"].is_undefined_length = True
-    dataset.save_as(path, enforce_file_format=True)
-
-
-def jpeg_lossless(values: np.ndarray) -> bytes:
-    """JPEG process 14, selection value 1 (ITU-T T.81 annex H): each pixel less its left neighbour, 16-bit precision.
-
-    One table for all pictures: 17 codes of 5 bits, the number of the category.
-    """
-    left = np.empty(values.shape, np.int64)
-    left[:, 1:] = values[:, :-1]
-    left[1:, 0] = values[:-1, 0]
-    left[0, 0] = 1 << 15
-    difference = (values.astype(np.int64) - left + 0x7FFF) % 0x10000 - 0x7FFF  # modulo 65536: -32767..32768
-    bits = []
-    for value in difference.ravel().tolist():
-        size = abs(value).bit_length()
-        extra = value if value > 0 else value + (1 << size) - 1
-        bits.append(f"{size:05b}" + (f"{extra:0{size}b}" if 0 < size < 16 else ""))
-    stream = "".join(bits)
-    stream += "1" * (-len(stream) % 8)
-    scan = int(stream, 2).to_bytes(len(stream) // 8).replace(b"\xff", b"\xff\x00")
-    rows, columns = (n.to_bytes(2) for n in values.shape)
-    table = b"\x00" + bytes(4) + b"\x11" + bytes(11) + bytes(range(17))
-    frame = b"\x10" + rows + columns + b"\x01\x01\x11\x00"
-    return b"".join(
-        [
-            b"\xff\xd8\xff\xc4" + (len(table) + 2).to_bytes(2) + table,
-            b"\xff\xc3" + (len(frame) + 2).to_bytes(2) + frame,
-            b"\xff\xda\x00\x08\x01\x01\x00\x01\x00\x00" + scan + b"\xff\xd9",
-        ]
-    )
 
 
 # ---- what must hold -------------------------------------------------------------------------------------------------

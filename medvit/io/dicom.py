@@ -148,7 +148,7 @@ def read_volume(volume: Volume, phase: str = "") -> Scan:
     if padded:
         codes = (*codes, ReasonCode.PADDING_APPLIED)
     if volume.stack.tilt_degrees:
-        hu, _ = geometry.straighten(hu, volume.stack.affine, AIR_HU)
+        hu = geometry.straighten(hu, volume.stack.affine, AIR_HU)
     return Scan(
         hu=hu,
         affine=volume.affine,

@@ -11,8 +11,7 @@ import gc
 import hashlib
 import os
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from operator import itemgetter
@@ -20,7 +19,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from medvit.io import dicom, faults, grouping, headers, nifti
+from medvit.io import assembly, faults, headers, nifti
 from medvit.io.headers import SliceHeader
 from medvit.io.index import Index, Known, Stamp
 from medvit.io.inventory import FileEntry, Inventory, Series, stamp_of
@@ -100,7 +99,7 @@ class _Listing:
     def __init__(
         self, root: Path, *, assume_hu: bool, settled_s: float, progress: Callable[[str], None] | None
     ) -> None:
-        self.root, self.assume_hu, self.progress = root, assume_hu, progress
+        self.root, self.assume_hu, self.tell = root, assume_hu, progress or _silent
         self.newest = time.time_ns() - int(settled_s * 1e9) if settled_s else 0
         self.reader = headers.HeaderReader()
         self.entries: list[FileEntry] = []
@@ -123,32 +122,27 @@ class _Listing:
         except OSError:
             self._set_aside(folder, ReasonCode.NOT_REGULAR, "a folder that cannot be opened")
             return
-        known = index.known(folder) if index is not None else iter(())
-        before, prefix, changed = next(known, None), f"{folder}/" if folder else "", False
-        files, folders = list[Known](), list[str]()
-        tell = self.progress
-        for item in items:
-            name, path = item.name, prefix + item.name
-            while before is not None and before[0] < name:
-                before, changed = next(known, None), True
-            if before is not None and before[0] == name:
-                if _stamp(item) == before[1]:
-                    if tell is not None:
-                        tell(path)
-                    self._take(path, before[2])
-                    files.append(before)
-                    before = next(known, None)
-                    continue
-                before = next(known, None)
+        files, folders, changed = list[Known](), list[str](), False
+        prefix = f"{folder}/" if folder else ""
+        for item, before in _beside(items, index.known(folder) if index is not None else iter(())):
+            if item is None:
+                changed = True
+                continue
+            path = prefix + item.name
             if item.is_dir(follow_symlinks=False):
                 folders.append(path)
+                changed |= before is not None
                 continue
-            if tell is not None:
-                tell(path)
+            self.tell(path)
+            if before is not None and _stamp(item) == before[1]:
+                self._take(path, before[2])
+                files.append(before)
+                continue
+            changed |= before is not None
             if (found := self._file(item, path)) is not None:
-                files.append((name, _stamp(item) if index is not None else (0, 0, 0), found))
+                files.append((item.name, _stamp(item) if index is not None else (0, 0, 0), found))
                 changed = True
-        if index is not None and (changed or before is not None):
+        if index is not None and changed:
             index.keep(folder, files)
         self.folders += reversed(folders)
 
@@ -184,7 +178,7 @@ class _Listing:
         fault = judged.pop() if len(judged) == 1 else None
         code, detail = fault or (ReasonCode.MULTIFRAME_UNSUPPORTED, "frames of different kinds in one object")
         one = found[0]
-        self.entries.append(_entry_of(one, REASONS[code].outcome, code, detail))
+        self.entries.append(assembly.entry_of(one, REASONS[code].outcome, code, detail))
         if code in BROKEN and one.shared.series_uid:
             # a slice of this series, though it cannot be used: without it the series would be short and not say so
             self.broken.append((one, ScanError(code, f"one of its files: {detail}")))
@@ -198,129 +192,37 @@ class _Listing:
         """The series and the account of files."""
         if not self.entries and not self.slices and not self.volumes:
             raise UsageError(f"{self.root}: the folder is empty. Put the exported DICOM or NIfTI files in it.")
-        grouped: dict[tuple[str, str], list[SliceHeader]] = defaultdict(list)
-        for one in self.slices:
-            grouped[one.shared.study_uid, one.shared.series_uid].append(one)
-        copies, conflicts = self._duplicates()
-        mixed, torn = _mixed_studies(self.slices), _torn_series(self.slices)
-        # a broken copy of a whole slice takes nothing away
-        whole = {one.sop_uid for one in self.slices} if self.broken else set()
-        broken = {
-            (one.shared.study_uid, one.shared.series_uid): error
-            for one, error in self.broken
-            if one.sop_uid not in whole
-        }
-        self.slices = []  # one reference less to a hundred thousand records
-        series, entries = list(self.volumes), self.entries
-        owners = {name: volume for volume in self.volumes for name in volume.files}
-        entries = [entry for entry in entries if entry.path not in owners]  # detached pixels, met as files of their own
-        for name, volume in owners.items():
-            code = volume.codes[0] if volume.codes else None
-            entry = FileEntry(name, volume.outcome, code, volume.detail, volume.uid)
-            entries.append(entry._replace(study_uid=volume.study_uid))
-        for key, members in grouped.items():
-            kept = [one for one in members if one.path not in copies] if copies else members
-            fault = None
-            if key[0] in mixed:
-                # a study with two patients is set aside whole: a result on a wrong patient is the worst result
-                detail = "patient id, birth date or sex differ within one study"
-                fault = ScanError(ReasonCode.PATIENT_CONFLICT, detail)
-            elif key in broken:
-                fault = broken[key]
-            elif key in torn:
-                fault = ScanError(ReasonCode.TAG_INVALID, "one SeriesInstanceUID of one patient in several studies")
-            elif key in conflicts:
-                fault = ScanError(ReasonCode.DUP_CONFLICT, "one SOPInstanceUID names different files")
-            elif self.newest and any(one.stamp[1] > self.newest for one in kept):
-                fault = ScanError(ReasonCode.INCOMPLETE, "a file was changed just now")
-            found = self._volumes_of(kept, fault)
-            series += found
-            entries += _account(found, kept)
-        return Inventory(self.root, tuple(series), tuple(sorted(entries, key=itemgetter(0))))
-
-    def _duplicates(self) -> tuple[set[str], set[tuple[str, str]]]:
-        """Paths of byte-identical copies, which become entries; and series in which one UID names different files."""
-        files = [one for one in self.slices if one.frame == 0]
-        uids = {one.sop_uid for one in files}
-        if len(uids) == len(files):
-            return set(), set()
-        same: dict[str, list[SliceHeader]] = defaultdict(list)
-        for one in files:
-            same[one.sop_uid].append(one)
-        copies, conflicts = set(), set()
-        for first, *others in same.values():
-            for other in others:
-                if _same_bytes(self.root / first.path, self.root / other.path):
-                    copies.add(other.path)
-                    detail = "copy of another file"
-                    self.entries.append(_entry_of(other, Outcome.SKIP, ReasonCode.DUP_IDENTICAL, detail))
-                else:
-                    conflicts |= {(one.shared.study_uid, one.shared.series_uid) for one in (first, other)}
-        return copies, conflicts
-
-    def _volumes_of(self, members: list[SliceHeader], fault: ScanError | None) -> list[Series]:
-        """What slices of one SeriesInstanceUID make: one series, one for each volume, or one that is set aside."""
-        try:
-            if fault is not None:
-                raise fault
-            flags = dicom.check_headers(members, assume_hu=self.assume_hu)
-            parts = grouping.split(members)
-        except ScanError as error:
-            return [self._refused(members, error)]
-        everything = headers.names_of(members) if any(one.frame for one in members) else ()  # parts may share a file
-        return [
-            self._volume(part, number, flags, everything, one_of_several=len(parts.volumes) > 1)
-            for number, part in enumerate(parts.volumes)
-        ]
-
-    def _refused(self, members: Sequence[SliceHeader], error: ScanError, part: int = 0, phase: str = "") -> Series:
-        first = members[0].shared
-        return Series(
-            uid=first.series_uid,
-            study_uid=first.study_uid,
-            root=self.root,
-            outcome=Outcome.QUARANTINE,
-            codes=(error.code,),
-            detail=error.detail,
-            files=headers.names_of(members),
-            part=part,
-            header=replace(first.scan, phase=phase),
-            shape=(len(members), first.rows, first.columns),
-            assume_hu=self.assume_hu,
+        volume_files = {entry.path: entry for volume in self.volumes for entry in _entries_of(volume)}
+        # detached pixels were also met as files of their own
+        alone = [entry for entry in self.entries if entry.path not in volume_files]
+        series, entries = assembly.assemble(
+            self.root, self.slices, self.broken, assume_hu=self.assume_hu, changed_after_ns=self.newest
         )
+        files = sorted((*alone, *volume_files.values(), *entries), key=itemgetter(0))
+        return Inventory(self.root, (*self.volumes, *series), tuple(files))
 
-    def _volume(
-        self,
-        part: grouping.Part,
-        number: int,
-        flags: tuple[ReasonCode, ...],
-        everything: tuple[str, ...],
-        *,
-        one_of_several: bool,
-    ) -> Series:
-        try:
-            volume = dicom.examine(part, flags, assume_hu=self.assume_hu)
-        except ScanError as error:
-            return self._refused(part.slices, error, number, part.phase)
-        codes = tuple(dict.fromkeys((*volume.codes, *([ReasonCode.MULTIPHASE] if one_of_several else []))))
-        files = everything or headers.names_of(volume.slices)
-        x_mm, y_mm, z_mm = (float(value) for value in np.linalg.norm(volume.affine[:3, :3], axis=0))
-        return Series(
-            uid=part.slices[0].shared.series_uid,
-            study_uid=part.slices[0].shared.study_uid,
-            root=self.root,
-            outcome=Outcome.FLAG if codes else Outcome.OK,
-            codes=codes,
-            detail=part.phase if one_of_several else "",
-            files=files,
-            part=number,
-            header=replace(part.slices[0].shared.scan, phase=part.phase),
-            shape=volume.shape,
-            spacing_mm=(x_mm, y_mm, z_mm),
-            axial=bool(abs(volume.affine[2, 2]) > 0.5 * z_mm),  # within 60 degrees of the body axis
-            assume_hu=self.assume_hu,
-            stamp=stamp_of((one.path, *one.stamp) for one in volume.slices),
-        )
+
+def _silent(path: str) -> None:
+    pass
+
+
+def _beside(
+    items: Iterable[os.DirEntry[str]], known: Iterator[Known]
+) -> Iterator[tuple[os.DirEntry[str] | None, Known | None]]:
+    """Each item of a folder beside what the index knows under its name, one of them None; both come sorted."""
+    before = next(known, None)
+    for item in items:
+        while before is not None and before[0] < item.name:
+            yield None, before
+            before = next(known, None)
+        if before is not None and before[0] == item.name:
+            yield item, before
+            before = next(known, None)
+        else:
+            yield item, None
+    if before is not None:
+        yield None, before
+        yield from ((None, gone) for gone in known)
 
 
 def _stamp(item: os.DirEntry[str]) -> Stamp:
@@ -331,43 +233,12 @@ def _stamp(item: os.DirEntry[str]) -> Stamp:
     return status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
-def _mixed_studies(slices: Iterable[SliceHeader]) -> set[str]:
-    """Studies with more than one patient: each slice counts, a single stray one taints its study."""
-    patients: dict[str, set[tuple[str, str, str]]] = defaultdict(set)
-    for shared in headers.shared_by(slices).values():
-        patients[shared.study_uid].add(shared.patient)
-    return {study for study, found in patients.items() if study and faults.differ(found)}
-
-
-def _torn_series(slices: Iterable[SliceHeader]) -> set[tuple[str, str]]:
-    """Series (study, series) whose UID one patient has in several studies: one series, torn by whoever changed them."""
-    studies: dict[tuple[object, ...], set[str]] = defaultdict(set)
-    for shared in headers.shared_by(slices).values():
-        studies[shared.series_uid, shared.frame_of_reference, shared.patient].add(shared.study_uid)
-    return {(study, key[0]) for key, found in studies.items() if len(found) > 1 for study in found}  # type: ignore[misc]
-
-
-def _account(series: Sequence[Series], members: Sequence[SliceHeader]) -> list[FileEntry]:
-    """One entry for each file of one SeriesInstanceUID; a file that several volumes share is used if one of them is."""
-    owner: dict[str, Series] = {}
-    for one in series:
-        for name in one.files:
-            if name not in owner or not owner[name].usable:
-                owner[name] = one
-    entries = []
-    for header in members:
-        if header.frame:
-            continue
-        if (found := owner.get(header.path)) is not None:
-            entries.append(_entry_of(header, found.outcome, found.codes[0] if found.codes else None, found.detail))
-        else:
-            detail = "localizer: turned against the other slices of its series"
-            entries.append(_entry_of(header, Outcome.SKIP, ReasonCode.NOT_VOLUME, detail))
-    return entries
-
-
-def _entry_of(one: SliceHeader, outcome: Outcome, code: ReasonCode | None, detail: str) -> FileEntry:
-    return FileEntry(one.path, outcome, code, detail, one.shared.series_uid, one.sop_uid, one.shared.study_uid)
+def _entries_of(volume: Series) -> list[FileEntry]:
+    code = volume.codes[0] if volume.codes else None
+    return [
+        FileEntry(name, volume.outcome, code, volume.detail, volume.uid, study_uid=volume.study_uid)
+        for name in volume.files
+    ]
 
 
 def _as_archive(path: str, error: ScanError) -> ScanError:
@@ -386,17 +257,6 @@ def _harmless(path: str) -> bool:
     """A text file beside the images is normal; a file that claims to be an image and is none is a rejected input."""
     pure = PurePosixPath(path)
     return pure.suffix.lower() in HARMLESS_SUFFIXES or pure.name in HARMLESS_NAMES
-
-
-def _same_bytes(one: Path, other: Path) -> bool:
-    digests = []
-    for path in (one, other):
-        try:
-            with path.open("rb") as stream:
-                digests.append(hashlib.file_digest(stream, "sha256").digest())
-        except OSError:  # what cannot be compared is not called a copy
-            return False
-    return digests[0] == digests[1]
 
 
 def _list_volume(root: Path, name: str) -> Series:

@@ -147,8 +147,8 @@ def straightened(affine: Floats, shape: tuple[int, int, int]) -> tuple[Floats, t
     return straight, (shape[0], shape[1] + int(extra[1]), shape[2] + int(extra[0])), moves - least
 
 
-def straighten(hu: npt.NDArray[np.float32], affine: Floats, fill: float) -> tuple[npt.NDArray[np.float32], Floats]:
-    """Undo gantry tilt: move each slice in its plane, by linear interpolation, onto an orthogonal grid.
+def straighten(hu: npt.NDArray[np.float32], affine: Floats, fill: float) -> npt.NDArray[np.float32]:
+    """Undo gantry tilt: move each slice in its plane, by linear interpolation, onto the grid of `straightened`.
 
     Nothing is cut off: the matrix grows by the drift; what no slice covers is `fill`.
 
@@ -157,11 +157,11 @@ def straighten(hu: npt.NDArray[np.float32], affine: Floats, fill: float) -> tupl
         affine: (4, 4), sheared.
         fill: HU of what lies outside every slice.
     """
-    straight, shape, moves = straightened(affine, (hu.shape[0], hu.shape[1], hu.shape[2]))
+    _, shape, moves = straightened(affine, (hu.shape[0], hu.shape[1], hu.shape[2]))
     result = np.full(shape, fill, np.float32)
     for plane, target, (across, down) in zip(hu, result, moves, strict=True):
         target[:] = _moved(_moved(plane, down, shape[1], fill).T, across, shape[2], fill).T
-    return result, straight
+    return result
 
 
 def _moved(plane: npt.NDArray[np.float32], pixels: float, length: int, fill: float) -> npt.NDArray[np.float32]:

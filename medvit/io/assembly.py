@@ -1,0 +1,221 @@
+"""Slices of a whole folder -> series, and what became of each file.
+
+Slices are grouped by StudyInstanceUID and SeriesInstanceUID. What concerns more than one series is judged here: copies,
+one UID on different files, a study with two patients. Each group then becomes one volume, several, or is set aside.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from medvit.io import dicom, faults, grouping, headers
+from medvit.io.headers import SliceHeader
+from medvit.io.inventory import FileEntry, Series, stamp_of
+from medvit.records import Outcome, ReasonCode, ScanError
+
+SeriesKey = tuple[str, str]
+"""(StudyInstanceUID, SeriesInstanceUID)."""
+
+Broken = tuple[SliceHeader, ScanError]
+"""A slice that cannot be used, and why its series cannot be either."""
+
+
+def assemble(
+    root: Path,
+    slices: Sequence[SliceHeader],
+    broken: Sequence[Broken],
+    *,
+    assume_hu: bool,
+    changed_after_ns: int = 0,
+) -> tuple[list[Series], list[FileEntry]]:
+    """Series that slices form, and one entry for each of their files.
+
+    Args:
+        root: what the paths of slices are relative to.
+        slices: of all series, in any order.
+        broken: further slices; without them their series would be short and not say so.
+        assume_hu: take values without RescaleSlope and RescaleIntercept for HU, and flag them.
+        changed_after_ns: a series with a file changed later than this is still arriving; 0: none is.
+    """
+    copies, conflicts = _duplicates(root, slices)
+    grouped: dict[SeriesKey, list[SliceHeader]] = defaultdict(list)
+    for one in slices:
+        grouped[one.shared.study_uid, one.shared.series_uid].append(one)
+    faulty = _faults(slices, broken, conflicts)
+    entries = [
+        entry_of(one, Outcome.SKIP, ReasonCode.DUP_IDENTICAL, "copy of another file")
+        for one in slices
+        if copies and one.path in copies and one.frame == 0
+    ]
+    series: list[Series] = []
+    for key, members in grouped.items():
+        kept = [one for one in members if one.path not in copies] if copies else members
+        fault = faulty.get(key)
+        if fault is None and changed_after_ns and any(one.stamp[1] > changed_after_ns for one in kept):
+            fault = ScanError(ReasonCode.INCOMPLETE, "a file was changed just now")
+        found = _Group(root, kept, assume_hu=assume_hu).volumes(fault)
+        series += found
+        entries += _account(found, kept)
+    return series, entries
+
+
+def entry_of(one: SliceHeader, outcome: Outcome, code: ReasonCode | None, detail: str) -> FileEntry:
+    """What became of the file of a slice."""
+    return FileEntry(one.path, outcome, code, detail, one.shared.series_uid, one.sop_uid, one.shared.study_uid)
+
+
+def _faults(
+    slices: Sequence[SliceHeader], broken: Sequence[Broken], conflicts: set[SeriesKey]
+) -> dict[SeriesKey, ScanError]:
+    """Why a series may not be used, from what the folder holds beside it; the gravest reason of several."""
+    found: dict[SeriesKey, ScanError] = {}
+    for key in conflicts:
+        found[key] = ScanError(ReasonCode.DUP_CONFLICT, "one SOPInstanceUID names different files")
+    for key in _torn_series(slices):
+        found[key] = ScanError(ReasonCode.TAG_INVALID, "one SeriesInstanceUID of one patient in several studies")
+    # a broken copy of a whole slice takes nothing away
+    whole = {one.sop_uid for one in slices} if broken else set()
+    for one, error in broken:
+        if one.sop_uid not in whole:
+            found[one.shared.study_uid, one.shared.series_uid] = error
+    if mixed := _mixed_studies(slices):
+        # a study with two patients is set aside whole: a result on a wrong patient is the worst result
+        detail = "patient id, birth date or sex differ within one study"
+        for shared in headers.shared_by(slices).values():
+            if shared.study_uid in mixed:
+                found[shared.study_uid, shared.series_uid] = ScanError(ReasonCode.PATIENT_CONFLICT, detail)
+    return found
+
+
+def _mixed_studies(slices: Iterable[SliceHeader]) -> set[str]:
+    """Studies with more than one patient: each slice counts, a single stray one taints its study."""
+    patients: dict[str, set[tuple[str, str, str]]] = defaultdict(set)
+    for shared in headers.shared_by(slices).values():
+        patients[shared.study_uid].add(shared.patient)
+    return {study for study, found in patients.items() if study and faults.differ(found)}
+
+
+def _torn_series(slices: Iterable[SliceHeader]) -> set[SeriesKey]:
+    """Series whose UID one patient has in several studies: one series, torn by whoever changed them."""
+    studies: dict[tuple[object, ...], set[SeriesKey]] = defaultdict(set)
+    for shared in headers.shared_by(slices).values():
+        one = (shared.series_uid, shared.frame_of_reference, shared.patient)
+        studies[one].add((shared.study_uid, shared.series_uid))
+    return {key for found in studies.values() if len(found) > 1 for key in found}
+
+
+def _duplicates(root: Path, slices: Sequence[SliceHeader]) -> tuple[set[str], set[SeriesKey]]:
+    """Paths of byte-identical copies; and series in which one SOPInstanceUID names different files."""
+    files = [one for one in slices if one.frame == 0]
+    if len({one.sop_uid for one in files}) == len(files):
+        return set(), set()
+    same: dict[str, list[SliceHeader]] = defaultdict(list)
+    for one in files:
+        same[one.sop_uid].append(one)
+    copies, conflicts = set(), set()
+    for first, *others in same.values():
+        for other in others:
+            if _same_bytes(root / first.path, root / other.path):
+                copies.add(other.path)
+            else:
+                conflicts |= {(one.shared.study_uid, one.shared.series_uid) for one in (first, other)}
+    return copies, conflicts
+
+
+def _same_bytes(one: Path, other: Path) -> bool:
+    digests = []
+    for path in (one, other):
+        try:
+            with path.open("rb") as stream:
+                digests.append(hashlib.file_digest(stream, "sha256").digest())
+        except OSError:  # what cannot be compared is not called a copy
+            return False
+    return digests[0] == digests[1]
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Slices of one study and SeriesInstanceUID."""
+
+    root: Path
+    members: Sequence[SliceHeader]
+    assume_hu: bool
+
+    def volumes(self, fault: ScanError | None) -> list[Series]:
+        """What they make: one series, one for each volume, or one that is set aside."""
+        try:
+            if fault is not None:
+                raise fault
+            flags = dicom.check_headers(self.members, assume_hu=self.assume_hu)
+            parts = grouping.split(self.members).volumes
+        except ScanError as error:
+            return [self._refused(self.members, error)]
+        if len(parts) > 1:
+            flags = (*flags, ReasonCode.MULTIPHASE)
+        return [self._volume(part, number if len(parts) > 1 else None, flags) for number, part in enumerate(parts)]
+
+    def _refused(self, members: Sequence[SliceHeader], error: ScanError, part: int = 0, phase: str = "") -> Series:
+        first = members[0].shared
+        return Series(
+            uid=first.series_uid,
+            study_uid=first.study_uid,
+            root=self.root,
+            outcome=Outcome.QUARANTINE,
+            codes=(error.code,),
+            detail=error.detail,
+            files=headers.names_of(members),
+            part=part,
+            header=replace(first.scan, phase=phase),
+            shape=(len(members), first.rows, first.columns),
+            assume_hu=self.assume_hu,
+        )
+
+    def _volume(self, part: grouping.Part, number: int | None, flags: tuple[ReasonCode, ...]) -> Series:
+        """A volume as a series; `number` is None where it is the only one."""
+        try:
+            volume = dicom.examine(part, flags, assume_hu=self.assume_hu)
+        except ScanError as error:
+            return self._refused(part.slices, error, number or 0, part.phase)
+        frames = any(one.frame for one in self.members)  # volumes may then share a file
+        x_mm, y_mm, z_mm = (float(value) for value in np.linalg.norm(volume.affine[:3, :3], axis=0))
+        return Series(
+            uid=part.slices[0].shared.series_uid,
+            study_uid=part.slices[0].shared.study_uid,
+            root=self.root,
+            outcome=Outcome.FLAG if volume.codes else Outcome.OK,
+            codes=volume.codes,
+            detail="" if number is None else part.phase,
+            files=headers.names_of(self.members if frames else volume.slices),
+            part=number or 0,
+            header=replace(part.slices[0].shared.scan, phase=part.phase),
+            shape=volume.shape,
+            spacing_mm=(x_mm, y_mm, z_mm),
+            axial=bool(abs(volume.affine[2, 2]) > 0.5 * z_mm),  # within 60 degrees of the body axis
+            assume_hu=self.assume_hu,
+            stamp=stamp_of((one.path, *one.stamp) for one in volume.slices),
+        )
+
+
+def _account(series: Sequence[Series], members: Sequence[SliceHeader]) -> list[FileEntry]:
+    """One entry for each file of one SeriesInstanceUID; a file that several volumes share is used if one of them is."""
+    owner: dict[str, Series] = {}
+    for one in series:
+        for name in one.files:
+            if name not in owner or not owner[name].usable:
+                owner[name] = one
+    entries = []
+    for header in members:
+        if header.frame:
+            continue
+        if (found := owner.get(header.path)) is not None:
+            entries.append(entry_of(header, found.outcome, found.codes[0] if found.codes else None, found.detail))
+        else:
+            detail = "localizer: turned against the other slices of its series"
+            entries.append(entry_of(header, Outcome.SKIP, ReasonCode.NOT_VOLUME, detail))
+    return entries
