@@ -120,7 +120,10 @@ def _fits(main: Slices, other: Slices) -> bool:
 
 
 def _is_localizer(main: Slices, other: Slices) -> bool:
-    return len(other) < FEWEST <= len(main) and _turn_degrees(main[0], other[0]) > SCOUT_DEGREES
+    """Whether these are few slices in another plane; turned or mirrored in the same plane, they are damaged ones."""
+    one, two = (geometry.slice_normal(np.array(stack[0].shared.orientation)) for stack in (main, other))
+    tilted = np.degrees(np.arccos(min(1.0, abs(float(one @ two)))))
+    return len(other) < FEWEST <= len(main) and bool(tilted > SCOUT_DEGREES)
 
 
 def _own_volume(main: Slices, other: list[SliceHeader]) -> list[SliceHeader]:

@@ -369,6 +369,15 @@ def test_a_localizer_in_the_plane_of_the_slices_is_known_by_its_image_type(tmp_p
     assert_never_silently_wrong(tmp_path, right(Ct(), aside={C.NOT_VOLUME: 1}))
 
 
+@pytest.mark.parametrize("cosines", [[-1, 0, 0, 0, -1, 0], [1, 0, 0, 0, -1, 0], [0, 1, 0, 1, 0, 0]], ids=str)
+@pytest.mark.parametrize("count", [1, 2])
+def test_slices_at_the_end_that_are_turned_in_their_plane_are_no_localizers(tmp_path, cosines, count):
+    """Skipped, they would be missing from the volume, and nothing would say so."""
+    turned = change(range(SLICES - count, SLICES), ImageOrientationPatient=cosines)
+    Ct(edit=turned).write(tmp_path)
+    assert_never_silently_wrong(tmp_path, refused(C.ORIENTATION_INVALID))
+
+
 def test_a_series_of_localizers_gives_no_volume(tmp_path):
     Ct(edit=change(ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"])).write(tmp_path, only=range(2))
     assert_never_silently_wrong(tmp_path, refused(C.NOT_VOLUME, 2))
