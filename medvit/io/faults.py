@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from medvit.io import text
 from medvit.io.elements import DEFLATED, NATIVE
+from medvit.io.geometry import FARTHEST_MM, SPACING_LIMITS_MM
 from medvit.io.tags import CT_IMAGE, MULTIFRAME_CT
 from medvit.records import ReasonCode
 
@@ -96,6 +97,8 @@ def slice_faults(header: SliceHeader, *, assume_hu: bool) -> list[Fault]:
         faults.append((ReasonCode.PIXEL_TRUNCATED, fault))
     if header.position is None:
         faults.append((ReasonCode.ORIENTATION_INVALID, "ImagePositionPatient is absent"))
+    elif max(map(abs, header.position)) > FARTHEST_MM:
+        faults.append((ReasonCode.ORIENTATION_INVALID, "ImagePositionPatient lies where no table is"))
     if header.shared.rescale_tags:
         slope, intercept = header.slope, header.intercept
         if slope is None or intercept is None or not slope > 0:
@@ -110,6 +113,7 @@ def slice_faults(header: SliceHeader, *, assume_hu: bool) -> list[Fault]:
 def shared_faults(shared: SharedHeader) -> list[Fault]:
     """What is wrong or worth telling with what slices share; each quarantines or flags the series."""
     code, syntax = ReasonCode, f"transfer syntax {shared.transfer_syntax[:64]}"
+    low, high = SPACING_LIMITS_MM
     checks: list[tuple[bool, ReasonCode, str]] = [
         (shared.rows <= 0 or shared.columns <= 0, code.TAG_INVALID, "Rows or Columns is absent or zero"),
         (shared.rows * shared.columns > MAX_PIXELS, code.RESOURCE_LIMIT, f"{shared.rows} x {shared.columns} pixels"),
@@ -119,7 +123,16 @@ def shared_faults(shared: SharedHeader) -> list[Fault]:
             "a number that describes the pixels (Rows, BitsStored, ...) is absent or none",
         ),
         (shared.orientation is None, code.ORIENTATION_INVALID, "ImageOrientationPatient is absent"),
-        (not shared.spacing_mm or min(shared.spacing_mm) <= 0, code.TAG_INVALID, "PixelSpacing is absent or not > 0"),
+        (
+            max(map(abs, shared.orientation or (0,))) > 2,  # so far off that computing with it might overflow
+            code.ORIENTATION_INVALID,
+            "ImageOrientationPatient holds no direction cosines",
+        ),
+        (
+            not shared.spacing_mm or not low <= min(shared.spacing_mm) <= max(shared.spacing_mm) <= high,
+            code.TAG_INVALID,
+            f"PixelSpacing is absent, or not within {low:g} to {high:g} mm",
+        ),
         (
             shared.rescale_type not in ("", "HU"),  # absent means HU for CT (PS3.3 C.8.2.1)
             code.RESCALE_UNITS,

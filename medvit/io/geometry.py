@@ -15,6 +15,12 @@ from medvit.records import ReasonCode, Scan, ScanError
 
 Floats = npt.NDArray[np.float64]
 
+SPACING_LIMITS_MM = (0.01, 100.0)
+"""Voxel edges of any CT lie between. A header in metres or microns, or a damaged one, does not."""
+
+FARTHEST_MM = 1e5
+"""No table moves a slice further from the origin."""
+
 ORTHONORMAL_TOLERANCE = 1e-3
 """Largest deviation of ImageOrientationPatient from two orthogonal unit vectors: rounding in headers stays below."""
 

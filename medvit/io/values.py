@@ -8,6 +8,7 @@ import numpy as np
 
 from medvit.io import text
 from medvit.io.elements import Values
+from medvit.io.geometry import SPACING_LIMITS_MM
 from medvit.io.tags import INTEGERS, MULTIFRAME_CT
 from medvit.records import ScanHeader
 
@@ -33,8 +34,15 @@ def scan_header(values: Values, reader: text.TextReader) -> ScanHeader:
         kernel=reader.read(values, "ConvolutionKernel"),
         contrast=reader.read(values, "ContrastBolusAgent"),
         description=reader.read(values, "SeriesDescription"),
-        slice_thickness_mm=single(values, "SliceThickness"),
+        slice_thickness_mm=_thickness_mm(values),
     )
+
+
+def _thickness_mm(values: Values) -> float | None:
+    """SliceThickness; None where it can be none, for some writers put 0 or a negative number."""
+    thickness = single(values, "SliceThickness")
+    low, high = SPACING_LIMITS_MM
+    return thickness if thickness is not None and low <= thickness <= high else None
 
 
 def _age_years(values: Values) -> float | None:

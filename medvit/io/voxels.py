@@ -18,6 +18,7 @@ from typing import BinaryIO
 import numpy as np
 import numpy.typing as npt
 
+from medvit.io.geometry import SPACING_LIMITS_MM
 from medvit.records import ReasonCode, ScanError
 
 MAX_VOXELS = 2**31
@@ -25,9 +26,6 @@ MAX_VOXELS = 2**31
 
 MAX_INFLATION = 1040
 """No deflate stream grows by more: 258 bytes from two bits, and a little for its frame."""
-
-SPACING_LIMITS_MM = (0.01, 100.0)
-"""Voxel edges of any CT lie between. A header in metres or microns, or a damaged one, does not."""
 
 SHEAR_TOLERANCE = 1e-3
 """Largest cosine between two axes that counts as a right angle."""

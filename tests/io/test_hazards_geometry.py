@@ -399,6 +399,8 @@ DISORIENTED = {
     "position empty": {"ImagePositionPatient": b""},
     "position infinite": {"ImagePositionPatient": b"0\\0\\inf "},
     "two of three positions": {"ImagePositionPatient": [0, 0]},
+    "directions beyond all numbers": {"ImageOrientationPatient": b"1e200\\0\\0\\0\\1e200\\0 "},
+    "position beyond all numbers": {"ImagePositionPatient": b"0\\0\\1e307 "},
 }
 
 
@@ -408,6 +410,22 @@ def test_a_slice_that_lies_nowhere_is_refused(tmp_path, name, at):
     codes = (C.ORIENTATION_INVALID, C.TAG_INVALID) if name in ("text", "not a number") else C.ORIENTATION_INVALID
     Ct(damage=change(at, **DISORIENTED[name])).write(tmp_path)
     assert_never_silently_wrong(tmp_path, refused(codes))
+
+
+@pytest.mark.parametrize("spacing", ["1e-6", "0.0009", "700", "1e200"])
+@pytest.mark.parametrize("slices", [1, SLICES])
+def test_pixels_of_a_size_that_no_scanner_makes_are_refused(tmp_path, spacing, slices):
+    text = f"{spacing}\\{spacing}".encode()
+    Ct(damage=change(PixelSpacing=text)).write(tmp_path, only=range(slices))
+    assert_never_silently_wrong(tmp_path, refused(C.TAG_INVALID, slices))
+
+
+@pytest.mark.parametrize("thickness", [b"0 ", b"-2.5", b"1e-12 ", b"1e300 "])
+def test_a_single_slice_of_senseless_thickness_is_one_millimetre_thick(tmp_path, thickness):
+    Ct(damage=change(SliceThickness=thickness)).write(tmp_path, only=[3])
+    (series,) = scan_folder(tmp_path).series
+    assert series.header.slice_thickness_mm is None
+    np.testing.assert_allclose(read(series).affine[:3, 2], [0, 0, 1])
 
 
 @pytest.mark.parametrize("cosines", [[1, 0, 0, 0, 0.9998, 0.02], [0.99995, 0.01, 0, -0.01, 0.99995, 0]], ids=str)
