@@ -292,8 +292,9 @@ def _rescale(plane: npt.NDArray[np.float32], stored: npt.NDArray[Any], layout: L
     padded = 0
     if layout.padding is not None and layout.padding[0] <= most and layout.padding[1] >= least:
         padding = (stored >= layout.padding[0]) & (stored <= layout.padding[1])
-        if TISSUE_HU[0] < layout.padding[0] * slope + intercept < TISSUE_HU[1] and padding.any():
-            detail = f"padding value {layout.padding[0]} lies within tissue"
+        least_hu, most_hu = (end * slope + intercept for end in layout.padding)
+        if least_hu < TISSUE_HU[1] and most_hu > TISSUE_HU[0] and padding.any():
+            detail = f"padding of {layout.padding[0]} to {layout.padding[1]} lies within tissue"
             raise ScanError(ReasonCode.PIXELREP_CONFLICT, detail, (frame.path,))
         plane[padding] = AIR_HU
         padded = int(padding.sum())

@@ -134,6 +134,14 @@ def test_padding_is_air_and_nothing_else_is(tmp_path, name):
     assert scan.padding_fraction == pytest.approx(20 / 480)
 
 
+@pytest.mark.parametrize("ends", [(0, 900), (900, 0), (0, 4095)], ids=str)
+def test_a_range_of_padding_that_reaches_into_the_body_is_refused(tmp_path, ends):
+    """Stored 0 is -1024 HU and a good padding value, 900 is -124 HU: fat and lung would come out as air."""
+    value, limit = (end.to_bytes(2, "little") for end in ends)
+    Ct(damage=change(vr="US", PixelPaddingValue=value, PixelPaddingRangeLimit=limit)).write(tmp_path)
+    assert_never_silently_wrong(tmp_path, refused(C.PIXELREP_CONFLICT))
+
+
 @pytest.mark.parametrize("value", [("US", b""), ("LO", b"none"), ("LO", b"1.5 ")], ids=str)
 def test_unreadable_padding_is_refused_or_no_padding(tmp_path, value):
     vr, raw = value
