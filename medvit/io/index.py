@@ -36,6 +36,9 @@ CHUNK = 1000
 RACY_NS = 2_000_000_000
 """A file that changed this shortly before the scan may change again within the same tick of the clock of its stamp."""
 
+_DAMAGED = (sqlite3.DatabaseError, UnicodeError)
+"""What a damaged file ends in: the name of a table, or the words of an error, may be no text."""
+
 _PASSING = {ReasonCode.IO_ERROR, ReasonCode.INCOMPLETE}
 _log = logging.getLogger("medvit.index")
 
@@ -71,7 +74,7 @@ class Index:
             _log.warning("the index of headers is not used this time (%s)", type(error).__name__)
             self.path = Path(":memory:")
             self._open()
-        except sqlite3.DatabaseError:  # damaged, or no index: it holds nothing that the files do not
+        except _DAMAGED:  # damaged, or no index: it holds nothing that the files do not
             path.unlink()
             self._open()
 
@@ -93,15 +96,23 @@ class Index:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with suppress(sqlite3.OperationalError):
+        with suppress(*_DAMAGED):
             for (folder,) in self._database.execute("SELECT DISTINCT folder FROM folders").fetchall():
                 if folder not in self._visited:  # gone with all that was in it
                     self.keep(folder, [])
         self._database.close()
 
     def known(self, folder: str) -> Iterator[Known]:
-        """Files of one folder that were there last time, in the order of their names."""
+        """Files of one folder that were there last time, in the order of their names; up to what is damaged."""
         self._visited.add(folder)
+        try:
+            yield from self._files(folder)
+        except (sqlite3.OperationalError, UnicodeError):  # another process writes; a name that is no text
+            return
+        except sqlite3.DatabaseError:
+            _log.warning("a damaged part of the index of headers is not used")
+
+    def _files(self, folder: str) -> Iterator[Known]:
         prefix, shared = f"{folder}/" if folder else "", self._shared
         name, stamp, found = "", (0, 0, 0), list[SliceHeader]()
         for row in self._rows(folder):
@@ -120,14 +131,10 @@ class Index:
 
     def _rows(self, folder: str) -> Iterator[tuple[Any, ...]]:
         wanted = "SELECT digest, content FROM folders WHERE folder = ? ORDER BY chunk"
-        try:
-            chunks = self._database.execute(wanted, (folder,)).fetchall()
-        except (sqlite3.OperationalError, UnicodeEncodeError):  # another process writes; a name that is no text
-            return
-        for digest, content in chunks:
-            if hashlib.sha256(content).digest() != digest:  # only what was written is unpacked
-                _log.warning("a damaged part of the index of headers is not used")
-                return
+        for digest, content in self._database.execute(wanted, (folder,)).fetchall():
+            # only what was written is unpacked
+            if not isinstance(content, bytes) or hashlib.sha256(content).digest() != digest:
+                raise sqlite3.DatabaseError("slices")
             yield from marshal.loads(content)
 
     def keep(self, folder: str, files: Iterable[Known]) -> None:
@@ -144,10 +151,10 @@ class Index:
         try:
             with self._database:
                 self._database.execute("DELETE FROM folders WHERE folder = ?", (folder,))
-                self._database.executemany("INSERT OR IGNORE INTO shared VALUES (?, ?)", self._new)
+                self._database.executemany("INSERT OR REPLACE INTO shared VALUES (?, ?)", self._new)
                 self._database.executemany("INSERT OR REPLACE INTO folders VALUES (?, ?, ?, ?)", chunks)
             self._new.clear()
-        except (sqlite3.OperationalError, UnicodeEncodeError) as error:  # in use, disk full; a name that is no text
+        except _DAMAGED as error:  # in use, damaged, full; a name that is no text
             _log.warning("what was read is not kept in the index of headers (%s)", type(error).__name__)
 
     def _packed(self, name: str, stamp: Stamp, found: list[SliceHeader] | ScanError) -> list[tuple[Any, ...]]:
@@ -164,7 +171,7 @@ class Index:
         if number is None:
             values, *rest = shared.key
             content = json.dumps([[None if raw is None else raw.decode("latin-1") for raw in values], *rest])
-            number = int.from_bytes(hashlib.sha256(content.encode()).digest()[:8], "little", signed=True)
+            number = _number_of(content)
             self._numbers[id(shared)] = number
             self._shared[number] = shared  # alive, so that its id stays its own
             self._new.append((number, content))
@@ -172,9 +179,15 @@ class Index:
 
     def _load(self, number: int) -> SharedHeader:
         """A shared header by its number; asked for when first met, for another process may have added it just now."""
-        ((content,),) = self._database.execute("SELECT content FROM shared WHERE number = ?", (number,)).fetchall()
+        rows = self._database.execute("SELECT content FROM shared WHERE number = ?", (number,)).fetchall()
+        if not rows or _number_of(content := str(rows[0][0])) != number:
+            raise sqlite3.DatabaseError("shared header")
         raw, *rest = json.loads(content)
         values = tuple(None if text is None else text.encode("latin-1") for text in raw)
         found = self._shared[number] = self.reader.shared(SharedKey(values, *rest))
         self._numbers[id(found)] = number
         return found
+
+
+def _number_of(content: str) -> int:
+    return int.from_bytes(hashlib.sha256(content.encode()).digest()[:8], "little", signed=True)

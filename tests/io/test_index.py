@@ -5,6 +5,7 @@ import shutil
 import sqlite3
 import stat
 import threading
+from random import Random
 
 import pytest
 from ct_builder import Ct
@@ -163,6 +164,41 @@ def test_a_damaged_part_is_read_again(folder, tmp_path, opened):
     assert told(scan_folder(folder, index=index)) == told(scan_folder(folder))
     assert opened.count("a/IM0000.dcm") == 2
     assert opened.count("b/c/IM0000.dcm") == 1
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "UPDATE shared SET content = replace(content, 'Mueller', 'Schmidt')",
+        "UPDATE shared SET content = replace(content, '0.7', '0.9')",
+        "UPDATE shared SET content = substr(content, 1, 50)",
+        "UPDATE shared SET content = x'00'",
+        "DELETE FROM shared",
+        "UPDATE folders SET content = 7",
+    ],
+)
+def test_damage_of_any_row_is_found_and_mended(folder, tmp_path, opened, damage):
+    """One changed byte may be another patient or another pixel spacing."""
+    index = tmp_path / "index.sqlite"
+    fresh = told(scan_folder(folder, index=index))
+    with sqlite3.connect(index) as database:
+        database.execute(damage)
+    for _ in range(2):
+        opened.clear()
+        assert told(scan_folder(folder, index=index)) == fresh
+    assert opened == []
+
+
+def test_an_index_with_damage_at_any_byte_changes_nothing(folder, tmp_path):
+    index, random = tmp_path / "index.sqlite", Random(5)
+    fresh = told(scan_folder(folder, index=index))
+    whole = index.read_bytes()
+    for _ in range(60):
+        damaged = bytearray(whole)
+        for _ in range(3):
+            damaged[random.randrange(len(damaged))] = random.randrange(256)
+        index.write_bytes(damaged)
+        assert told(scan_folder(folder, index=index)) == fresh
 
 
 def test_many_files_in_one_folder_are_kept_in_several_parts(folder, tmp_path, opened, monkeypatch):
