@@ -62,7 +62,7 @@ class Index:
     """
 
     def __init__(self, path: Path, root: Path, reader: HeaderReader) -> None:
-        self.path, self.root, self.reader = path, str(root.absolute()), reader
+        self.path, self.root, self.reader = path, ascii(root.absolute()), reader  # need not be text
         self._numbers: dict[int, int] = {}
         self._shared: dict[int, SharedHeader] = {}
         self._new: list[tuple[int, str]] = []

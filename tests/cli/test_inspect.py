@@ -306,6 +306,19 @@ def test_deidentify_shows_no_path(site, shown, document, tmp_path):
     assert "SMITH" not in text
 
 
+def test_deidentify_hashes_paths_that_are_no_text(tmp_path, shown, monkeypatch):
+    """A CD written by another system has names in its own character set."""
+    monkeypatch.setenv("MEDVIT_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / os.fsdecode(b"J\xf6rg")
+    folder.mkdir()
+    names = [os.fsdecode(name) for name in (b"M\xfcller", b"M\xe4ller")]
+    for name in names:
+        (folder / name).write_bytes(b"no image")
+    _, text = shown(folder, "--deidentify")
+    assert "2 files   reject" in text
+    assert "ller" not in text
+
+
 def test_clean_folder_ends_with_0(tmp_path):
     phantom.write_hospital(tmp_path / "clean", phantom.make_patients(3, 1), faults=False, matrix=32, slices=4)
     assert inspect.main([str(tmp_path / "clean"), "--json"]) == 0
