@@ -15,14 +15,12 @@ import numpy as np
 
 from medvit.io import faults, geometry, grouping, headers, sandbox
 from medvit.io.headers import SliceHeader
-from medvit.io.pixels import HU_RANGE_LIMIT, Frame, Layout, Tally
+from medvit.io.pixels import Frame, Layout
+from medvit.io.plausible import Tally, check_plausible
 from medvit.records import AIR_HU, REASONS, Outcome, ReasonCode, Scan, ScanError
 
 ASSUMED_AIR_HU = (-1100.0, -500.0)
 """Where the lowest value must lie for --assume-hu to hold."""
-
-ABSENT, PLENTY = 0.001, 0.1
-"""Shares of a volume."""
 
 GAP_SHARE = 1.5
 """Slices further apart than this many thicknesses leave tissue unseen between them."""
@@ -178,26 +176,6 @@ def _frame(one: SliceHeader, plane: int, layouts: dict[Layout, int]) -> Frame:
     intercept = 0.0 if one.intercept is None else one.intercept
     number = layouts.setdefault(layout, len(layouts))
     return Frame(one.path, one.frame, plane, one.stamp, *one.pixels, slope, intercept, number)
-
-
-def check_plausible(tallies: Sequence[Tally]) -> None:
-    """Values that cannot be a CT of a patient are refused.
-
-    A volume without air is legal (a brain reconstructed small), and one with a margin of -2000 is common (padding that
-    no tag tells), so that neither decides alone: without air, much must lie where tissue is before rescaling; without
-    tissue, where air is after rescaling twice.
-
-    Raises:
-        ScanError: `HU_IMPLAUSIBLE`.
-    """
-    low, high = min(tally.low for tally in tallies), max(tally.high for tally in tallies)
-    if not np.isfinite((low, high)).all() or low == high or high - low > HU_RANGE_LIMIT:
-        raise ScanError(ReasonCode.HU_IMPLAUSIBLE, f"values from {low:g} to {high:g} HU")
-    air, tissue, unrescaled, twice = np.mean([tally[3:] for tally in tallies], axis=0)
-    if air < ABSENT and unrescaled > PLENTY:
-        raise ScanError(ReasonCode.HU_IMPLAUSIBLE, "no air near -1000 HU, and much around +1000 HU: not rescaled")
-    if tissue < ABSENT and twice > PLENTY:
-        raise ScanError(ReasonCode.HU_IMPLAUSIBLE, "no tissue near 0 HU, and much around -2000 HU: rescaled twice")
 
 
 def _check_assumed(tallies: Sequence[Tally]) -> None:

@@ -1,8 +1,8 @@
 """NIfTI, NRRD and MetaImage -> the same Scan as from DICOM.
 
 `examine` reads a header and refuses what it contradicts, `fill` brings the voxels into a given array.
-Values are taken as HU: these formats do not say. NIfTI's patient system is RAS, ours LPS: the first two
-rows of its affine change sign.
+Values are taken as HU where they can be: these formats do not say. NIfTI's patient system is RAS, ours LPS: the first
+two rows of its affine change sign.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from medvit.io import nrrd
-from medvit.io.pixels import HU_RANGE_LIMIT
+from medvit.io.plausible import check_plausible, tally
 from medvit.io.voxels import Pixels, VolumeHeader, check_header, fill_values, open_stream
 from medvit.records import ReasonCode, ScanError
 
@@ -77,8 +77,7 @@ def fill(path: Path, out: npt.NDArray[np.float32]) -> tuple[ReasonCode, ...]:
         if header.shape != out.shape:
             raise ScanError(ReasonCode.INCOMPLETE, f"shape {header.shape} where it was {out.shape}")
         low, high = fill_values(header.pixels, out)
-        if low == high or high - low > HU_RANGE_LIMIT:
-            raise ScanError(ReasonCode.HU_IMPLAUSIBLE, f"values from {low:g} to {high:g}")
+        check_plausible([tally(plane, low, high) for plane in out])
     except ScanError as error:
         raise ScanError(error.code, error.detail, (str(path),)) from None
     return header.codes

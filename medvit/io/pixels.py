@@ -19,18 +19,13 @@ import numpy.typing as npt
 
 from medvit.io import codestream
 from medvit.io.elements import DEFLATED, EXPLICIT_BIG, NATIVE
+from medvit.io.plausible import Tally, tally
 from medvit.records import AIR_HU, ReasonCode, ScanError
 
 JPEG_LS = {"1.2.840.10008.1.2.4.80", "1.2.840.10008.1.2.4.81"}
 
-HU_RANGE_LIMIT = 20_000.0
-"""Wider than this is no CT: metal in extended-scale CT stays below."""
-
 TISSUE_HU = (-500.0, 3071.0)
 """Padding that has the value of tissue cannot be told from the patient."""
-
-SAMPLED = 96
-"""Rows and columns of a slice that are looked at, about, to judge whether its values are CT."""
 
 
 class Layout(NamedTuple):
@@ -61,22 +56,6 @@ class Frame(NamedTuple):
     slope: float
     intercept: float
     layout: int
-
-
-class Tally(NamedTuple):
-    """What the values of a slice are like: range in HU, padding pixels, and shares 0..1 of a sample of its pixels.
-
-    `air` is -1200..-600 HU, `tissue` -250..250 HU; `unrescaled` 900..1250 HU is where tissue lies without the intercept
-    of -1024, and `twice` -2400..-1700 HU where air lies when it is rescaled twice.
-    """
-
-    low: float
-    high: float
-    padded: int
-    air: float
-    tissue: float
-    unrescaled: float
-    twice: float
 
 
 def fill_planes(volume: npt.NDArray[np.float32], layouts: Sequence[Layout], frames: Sequence[Frame]) -> list[Tally]:
@@ -299,13 +278,7 @@ def _rescale(plane: npt.NDArray[np.float32], stored: npt.NDArray[Any], layout: L
         plane[padding] = AIR_HU
         padded = int(padding.sum())
     low, high = (least * slope + intercept, most * slope + intercept) if not padded else _range(plane)
-    step = (max(1, plane.shape[0] // SAMPLED), max(1, plane.shape[1] // SAMPLED))
-    sample = plane[:: step[0], :: step[1]]
-    shares = [
-        float(((sample > low_hu) & (sample < high_hu)).mean())
-        for low_hu, high_hu in ((-1200, -600), (-250, 250), (900, 1250), (-2400, -1700))
-    ]
-    return Tally(low, high, padded, *shares)
+    return tally(plane, low, high, padded)
 
 
 def _range(plane: npt.NDArray[np.float32]) -> tuple[float, float]:

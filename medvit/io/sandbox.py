@@ -35,6 +35,7 @@ import numpy as np
 import numpy.typing as npt
 
 from medvit.io import nifti, pixels
+from medvit.io.plausible import Tally
 from medvit.io.worker import Task, receive, send
 from medvit.records import ReasonCode, ScanError
 
@@ -155,7 +156,7 @@ class Sandbox:
 
     def decode(
         self, shape: tuple[int, int, int], layouts: Sequence[pixels.Layout], frames: Sequence[pixels.Frame]
-    ) -> tuple[npt.NDArray[np.float32], list[pixels.Tally]]:
+    ) -> tuple[npt.NDArray[np.float32], list[Tally]]:
         """Decode slices into a volume.
 
         Args:
@@ -175,7 +176,7 @@ class Sandbox:
             for start in range(0, len(frames), length)
         ]
         volume, answers = self.fill(shape, tasks, [tuple(frame.path for frame in task["frames"]) for task in tasks])
-        return volume, [pixels.Tally(*tally) for answer in answers for tally in answer]
+        return volume, [Tally(*tally) for answer in answers for tally in answer]
 
     def fill(
         self, shape: tuple[int, int, int], tasks: Sequence[Task], files: Sequence[tuple[str, ...]]
@@ -313,7 +314,7 @@ def shared() -> Sandbox:
 
 def decode(
     shape: tuple[int, int, int], layouts: Sequence[pixels.Layout], frames: Sequence[pixels.Frame]
-) -> tuple[npt.NDArray[np.float32], list[pixels.Tally]]:
+) -> tuple[npt.NDArray[np.float32], list[Tally]]:
     """`Sandbox.decode` in the shared sandbox; in this process where the system cannot pass memory (Windows)."""
     if hasattr(socket, "send_fds"):
         return shared().decode(shape, layouts, frames)

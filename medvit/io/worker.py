@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from medvit.io import nifti, pixels
+from medvit.io.plausible import Tally
 from medvit.records import ReasonCode, ScanError
 
 Task = dict[str, Any]
@@ -62,7 +63,7 @@ def _attempt(task: Task, memory: mmap.mmap) -> dict[str, Any]:
         return {"code": ReasonCode.WORKER_DIED, "detail": f"the decoder failed ({type(error).__name__})", "files": ()}
 
 
-def _planes(task: Task, memory: mmap.mmap) -> list[pixels.Tally]:
+def _planes(task: Task, memory: mmap.mmap) -> list[Tally]:
     layouts = [pixels.Layout(*layout) for layout in task["layouts"]]
     frames = [pixels.Frame(*frame)._replace(stamp=tuple(frame[3])) for frame in task["frames"]]
     return pixels.fill_planes(_volume(task, memory), layouts, frames)

@@ -604,6 +604,11 @@ DAMAGE = {
     "nii -inf": (not_finite("ct.nii", -np.inf), C.NIFTI_NONFINITE),
     "nrrd NaN": (not_finite("ct.nrrd", np.nan), C.NIFTI_NONFINITE),
     "mha inf": (not_finite("ct.mha", np.inf), C.NIFTI_NONFINITE),
+    "nii not rescaled": (nii(values=np.arange(0, 1200, 10, np.int16).reshape(4, 5, 6)), C.HU_IMPLAUSIBLE),
+    "gz rescaled twice": (
+        nii("ct.nii.gz", values=np.arange(-2048, -848, 10, np.int16).reshape(4, 5, 6)),
+        C.HU_IMPLAUSIBLE,
+    ),
     "nii constant": (nii(values=np.full((4, 5, 6), 7, np.int16)), C.HU_IMPLAUSIBLE),
     "nii too wide": (nii(values=np.linspace(-1e30, 1e39, 120).reshape(4, 5, 6)), C.HU_IMPLAUSIBLE),
     "nii slope 1e30": (nii_patched(112, floats(1e30)), C.HU_IMPLAUSIBLE),
