@@ -288,6 +288,9 @@ IMPLAUSIBLE = {
     "not rescaled": body() + 1024,
     "not rescaled, padding outside": np.maximum(body() + 1024, 0),
     "rescaled twice": body() - 1024,
+    "not rescaled by 8192": body() + 8192,
+    "rescaled twice by 8192": body() - 8192,
+    "not rescaled by 8192, round picture": np.where(body() < -1010, -1024.0, body() + 8192),
 }
 PLAUSIBLE = {
     "body in air": body(),
@@ -296,6 +299,7 @@ PLAUSIBLE = {
     "only lung": np.random.default_rng(1).normal(-850, 40, (12, 20, 24)).round(),
     "brain window": np.clip(body(), -20, 100),
     "metal": np.where(body() > 600, 14_000.0, body()),
+    "margin of -2000": np.where(np.indices((12, 20, 24))[2] < 8, -2000.0, body()),
     "implant fills the view": np.random.default_rng(1).normal(2500, 300, (12, 20, 24)).round(),
 }
 
