@@ -27,8 +27,10 @@ from medvit.records import REASONS, Outcome, ReasonCode, ScanError, UsageError
 
 HARMLESS_SUFFIXES = {".csv", ".txt", ".json", ".xml", ".html", ".md", ".pdf", ".jpg", ".jpeg", ".png", ".log", ".ini"}
 HARMLESS_SUFFIXES |= {".raw", ".zraw"}  # the pixels of an .mhd or .nhdr, read through it
-HARMLESS_NAMES = {"DICOMDIR", "LOCKFILE", "VERSION", ".DS_Store", "Thumbs.db", "desktop.ini"}
-"""What PACS exports leave beside images: no image, nothing to worry about."""
+HARMLESS_SUFFIXES |= {".exe", ".dll", ".so", ".inf", ".bat", ".cmd", ".sh", ".cfg", ".db", ".lnk", ".url"}
+HARMLESS_SUFFIXES |= {".htm", ".css", ".js", ".chm", ".rtf", ".ico", ".gif", ".bmp", ".svg"}
+HARMLESS_NAMES = {"dicomdir", "lockfile", "version", "readme", "license", ".ds_store"}
+"""What exports leave beside images, on a CD with its viewer: no image, nothing to worry about. In lower case."""
 
 
 BROKEN = {ReasonCode.TAG_INVALID, ReasonCode.UNSAFE_NAME, ReasonCode.MULTIFRAME_UNSUPPORTED}
@@ -256,7 +258,8 @@ def _as_archive(path: str, error: ScanError) -> ScanError:
 def _harmless(path: str) -> bool:
     """A text file beside the images is normal; a file that claims to be an image and is none is a rejected input."""
     pure = PurePosixPath(path)
-    return pure.suffix.lower() in HARMLESS_SUFFIXES or pure.name in HARMLESS_NAMES
+    name = pure.name.lower()  # a mounted CD may show its names in either case
+    return pure.suffix.lower() in HARMLESS_SUFFIXES or name in HARMLESS_NAMES or name.startswith(nifti.APPLE_DOUBLE)
 
 
 def _list_volume(root: Path, name: str) -> Series:

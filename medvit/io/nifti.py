@@ -8,7 +8,7 @@ two rows of its affine change sign.
 from __future__ import annotations
 
 import zlib
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,9 @@ NIFTI_SUFFIXES = (".nii", ".nii.gz")
 NRRD_SUFFIXES = (".nrrd", ".nhdr")
 META_SUFFIXES = (".mha", ".mhd")
 _SUFFIXES = NIFTI_SUFFIXES + NRRD_SUFFIXES + META_SUFFIXES
+APPLE_DOUBLE = "._"
+"""How a file is called in which a Mac keeps the attributes of its neighbour: those of x in ._x."""
+
 RAS_TO_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 AFFINE_TOLERANCE_MM = 0.1
 """Largest distance between the corners that qform and sform give."""
@@ -32,7 +35,7 @@ NIFTI_1_BYTES, NIFTI_2_BYTES = 348, 540
 
 def is_volume_file(name: str) -> bool:
     """Whether the name says NIfTI, NRRD or MetaImage."""
-    return name.lower().endswith(_SUFFIXES)
+    return name.lower().endswith(_SUFFIXES) and not PurePosixPath(name).name.startswith(APPLE_DOUBLE)
 
 
 def examine(path: Path) -> VolumeHeader:

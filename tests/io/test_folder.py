@@ -471,3 +471,37 @@ def test_nothing_told_about_a_faulty_series_identifies_the_patient(tmp_path):
 
 def test_phantom_varies_along_each_axis():
     assert len({float(np.diff(phantom_hu(), axis=axis).mean()) for axis in range(3)}) == 3
+
+
+CD = {
+    "autorun.inf": b"[autorun]\nopen=viewer.exe",
+    "viewer.exe": b"MZ" + bytes(900),
+    "bin/viewer.DLL": b"MZ" + bytes(900),
+    "index.htm": b"<html>",
+    "style.css": b"a {}",
+    "logo.gif": b"GIF89a",
+    "thumbs.db": b"\xd0\xcf\x11\xe0" + bytes(600),
+    "lockfile": b"",
+    "README": b"How to use the viewer",
+}
+
+
+def test_a_cd_with_its_viewer_is_one_good_series(tmp_path):
+    """Nothing of it claims to be an image, so nobody need look at it, and the folder is read as it is."""
+    Ct().write(tmp_path / "IMAGES")
+    for name, content in CD.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    inventory = scan_folder(tmp_path)
+    assert (inventory.counts()["ok"], inventory.counts()["skip"], len(inventory.files)) == (12, len(CD), 12 + len(CD))
+    assert_is_phantom(read(tmp_path))
+
+
+def test_what_a_mac_leaves_beside_each_file_is_no_image(tmp_path):
+    attributes = b"\0\5\x16\7\0\2\0\0Mac OS X        " + bytes(4070)
+    for path in Ct().write(tmp_path):
+        (tmp_path / f"._{path.name}").write_bytes(attributes)
+    (tmp_path / "._ct.nii.gz").write_bytes(attributes)
+    inventory = scan_folder(tmp_path)
+    assert (len(inventory.series), inventory.counts()["ok"], inventory.counts()["skip"]) == (1, 12, 13)
+    assert_is_phantom(read(tmp_path))
