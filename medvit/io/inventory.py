@@ -29,7 +29,7 @@ class FileEntry(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Series:
-    """One CT series (or volume file) of a folder.
+    """One CT series (or volume file) of a folder. Its text, which ends in logs and metadata, holds no path.
 
     Attributes:
         uid: SeriesInstanceUID; a hash of the relative path for volume files, which have none.
@@ -44,11 +44,11 @@ class Series:
 
     uid: str
     study_uid: str
-    root: Path
+    root: Path = field(repr=False)
     outcome: Outcome
     codes: tuple[ReasonCode, ...] = ()
     detail: str = ""
-    files: tuple[str, ...] = ()
+    files: tuple[str, ...] = field(default=(), repr=False)
     part: int = 0
     header: ScanHeader = field(default_factory=ScanHeader)
     shape: tuple[int, int, int] = (0, 0, 0)
@@ -56,6 +56,11 @@ class Series:
     axial: bool = True
     assume_hu: bool = False
     stamp: str = ""
+
+    def __str__(self) -> str:
+        """A short name of its own, fit for a file: MONAI's SaveImage names what it writes by the text of its source."""
+        study, series, part = self.key
+        return hashlib.sha256(f"{study} {series} {part}".encode()).hexdigest()[:16]
 
     @property
     def usable(self) -> bool:

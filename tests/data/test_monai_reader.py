@@ -4,9 +4,9 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from ct_builder import COLUMNS, GRIDS, ROWS, SLICES, Ct, Grid, phantom_at, phantom_hu
+from ct_builder import COLUMNS, GRIDS, ROWS, SLICES, Ct, Grid, change, phantom_at, phantom_hu
 from monai.data import DataLoader, Dataset, PersistentDataset, set_track_meta
-from monai.transforms import Compose, EnsureChannelFirstd, LoadImage, LoadImaged, Orientationd, Spacingd
+from monai.transforms import Compose, EnsureChannelFirstd, LoadImage, LoadImaged, Orientationd, SaveImage, Spacingd
 
 from medvit.data import MedvitReader
 from medvit.io import scan_folder
@@ -252,3 +252,19 @@ def test_a_dicom_file_is_known_by_its_content(tmp_path, name, content, ours):
     assert MedvitReader().verify_suffix(tmp_path / name) is ours
     assert MedvitReader().verify_suffix([tmp_path, tmp_path / name]) is ours
     assert not MedvitReader().verify_suffix(tmp_path / "missing.dcm")
+
+
+def test_volumes_that_share_a_series_are_saved_under_names_of_their_own(tmp_path):
+    """Named by nothing that a header or a path says, and told from each other without their files."""
+    folder = tmp_path / "Mueller"
+    for number, phase in enumerate(("B30f", "B70f")):
+        uids = change(ConvolutionKernel=phase, SOPInstanceUID=lambda index, n=number: f"1.2.3.{n}.{index}")
+        Ct(edit=uids, hu=phantom_hu() + 100 * number).write(folder, f"{phase}_{{}}")
+    series = scan_folder(folder).series
+    saving = SaveImage(output_dir=tmp_path / "out", separate_folder=False, resample=False, print_log=False)
+    for one in series:
+        image = load(one, ensure_channel_first=True)
+        assert not [word for word in (*CANARIES, str(tmp_path), "B30f_") if word in f"{image.meta} {one!r}"]
+        saving(image)
+    lowest = [nib.load(path).get_fdata().min() for path in (tmp_path / "out").iterdir()]
+    assert sorted(lowest) == [-1000, -900]
