@@ -158,7 +158,12 @@ class _Group:
             return [self._refused(self.members, error)]
         if len(parts) > 1:
             flags = (*flags, ReasonCode.MULTIPHASE)
-        return [self._volume(part, number if len(parts) > 1 else None, flags) for number, part in enumerate(parts)]
+        names = [name for part in parts for name in headers.names_of(part.slices)]
+        # frames of one file in several volumes: each is read from all files, and told which it is
+        whole = self.members if len(set(names)) < len(names) else None
+        return [
+            self._volume(part, number if len(parts) > 1 else None, flags, whole) for number, part in enumerate(parts)
+        ]
 
     def _refused(self, members: Sequence[SliceHeader], error: ScanError, part: int = 0, phase: str = "") -> Series:
         first = members[0].shared
@@ -176,13 +181,19 @@ class _Group:
             assume_hu=self.assume_hu,
         )
 
-    def _volume(self, part: grouping.Part, number: int | None, flags: tuple[ReasonCode, ...]) -> Series:
-        """A volume as a series; `number` is None where it is the only one."""
+    def _volume(
+        self,
+        part: grouping.Part,
+        number: int | None,
+        flags: tuple[ReasonCode, ...],
+        whole: Sequence[SliceHeader] | None,
+    ) -> Series:
+        """A volume as a series; `number` is None where it is the only one, `whole` where its files are its own."""
         try:
             volume = dicom.examine(part, flags, assume_hu=self.assume_hu)
         except ScanError as error:
             return self._refused(part.slices, error, number or 0, part.phase)
-        frames = any(one.frame for one in self.members)  # volumes may then share a file
+        sources = volume.slices if whole is None else whole
         x_mm, y_mm, z_mm = (float(value) for value in np.linalg.norm(volume.affine[:3, :3], axis=0))
         return Series(
             uid=part.slices[0].shared.series_uid,
@@ -191,14 +202,14 @@ class _Group:
             outcome=Outcome.FLAG if volume.codes else Outcome.OK,
             codes=volume.codes,
             detail="" if number is None else part.phase,
-            files=headers.names_of(self.members if frames else volume.slices),
+            files=headers.names_of(sources),
             part=number or 0,
             header=replace(part.slices[0].shared.scan, phase=part.phase),
             shape=volume.shape,
             spacing_mm=(x_mm, y_mm, z_mm),
             axial=bool(abs(volume.affine[2, 2]) > 0.5 * z_mm),  # within 60 degrees of the body axis
             assume_hu=self.assume_hu,
-            stamp=stamp_of((one.path, *one.stamp) for one in volume.slices),
+            stamp=stamp_of((one.path, *one.stamp) for one in sources),
         )
 
 

@@ -1,10 +1,23 @@
 """What lies beside slices in a study, and slices in one multi-frame object."""
 
 import warnings
+from functools import partial
 
 import numpy as np
 import pytest
-from ct_builder import ENHANCED_CT, LEGACY_CONVERTED_CT, SLICES, Ct, EnhancedCt, both, change, phantom_hu, put, save
+from ct_builder import (
+    ENHANCED_CT,
+    GRIDS,
+    LEGACY_CONVERTED_CT,
+    SLICES,
+    Ct,
+    EnhancedCt,
+    both,
+    change,
+    phantom_hu,
+    put,
+    save,
+)
 from hazard_cases import (
     GEOMETRIES,
     C,
@@ -298,6 +311,28 @@ def test_one_volume_in_two_objects_is_whole_or_refused(tmp_path):
         part = EnhancedCt(frames=frames, edit=lambda d, half=half: setattr(d, "SOPInstanceUID", f"1.2.3.{half}"))
         part.write(tmp_path, f"part{half}.dcm")
     assert_never_silently_wrong(tmp_path, right(Ct()), refused(C.MULTIFRAME_UNSUPPORTED, 2))
+
+
+def test_phases_in_an_object_each_are_volumes_of_their_own(tmp_path):
+    """One multi-frame object for each phase, in one series: as scanners with a wide detector write them."""
+    for phase in (1, 2):
+        edit = partial(put, keyword="SOPInstanceUID", value=f"1.2.3.{phase}")
+        one = EnhancedCt(Ct(hu=phantom_hu() + 100 * phase), phases=[phase] * SLICES, edit=edit)
+        one.write(tmp_path, f"phase{phase}.dcm")
+    flags = frozenset({C.MULTIPHASE})
+    truths = tuple(Truth(GRIDS["axial"], phantom_hu() + 100 * phase, flags) for phase in (1, 2))
+    assert_never_silently_wrong(tmp_path, Expected(truths))
+
+
+def test_an_object_and_the_slices_it_was_made_of_are_two_volumes(tmp_path):
+    """A legacy converted object that kept its series; a scout of the slices stays one."""
+    Ct().write(tmp_path)
+    Ct(edit=change(SOPInstanceUID="1.2.3.4", ImageOrientationPatient=[1, 0, 0, 0, 0, -1])).write(
+        tmp_path, "scout{}", only=[0]
+    )
+    EnhancedCt().write(tmp_path)
+    truth = Truth(GRIDS["axial"], codes=frozenset({C.MULTIPHASE}))
+    assert_never_silently_wrong(tmp_path, Expected((truth, truth), {C.NOT_VOLUME: 1}))
 
 
 def test_classic_ct_that_claims_frames_is_refused(tmp_path):
