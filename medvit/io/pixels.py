@@ -155,6 +155,16 @@ def _fragments(data: bytes) -> list[bytes]:
     return items
 
 
+def _check_offsets(items: Sequence[bytes]) -> None:
+    """Refuse an offset table (PS3.5 A.4) that does not lead from frame to frame, in their order."""
+    table = np.frombuffer(items[0][: len(items[0]) // 4 * 4], "<u4")
+    starts = np.cumsum([0, *(8 + len(item) for item in items[1:-1])])
+    if len(table) and (
+        table[0] != 0 or (np.diff(table.astype(np.int64)) <= 0).any() or not np.isin(table, starts).all()
+    ):
+        raise ScanError(ReasonCode.PIXEL_TRUNCATED, "the offset table does not lead to the frames")
+
+
 def _check_single(tag: bytes) -> None:
     if tag in (b"\xe0\x7f\x10\x00", b"\x7f\xe0\x00\x10"):
         raise ScanError(ReasonCode.TAG_INVALID, "pixel data twice in one file")
@@ -166,6 +176,7 @@ def _decoded(data: bytes, layout: Layout, frame: int) -> npt.NDArray[Any]:
     if layout.frames == 1:
         coded = b"".join(items[1:])
     else:
+        _check_offsets(items)
         from pydicom.encaps import get_frame  # noqa: PLC0415  native pixels do without
 
         coded = get_frame(data, frame, number_of_frames=layout.frames)

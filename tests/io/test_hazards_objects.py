@@ -287,6 +287,28 @@ def test_frames_that_do_not_add_up_are_refused(tmp_path, lie, syntax):
     assert_never_silently_wrong(tmp_path, refused(codes, 1))
 
 
+OFFSETS = {
+    "two exchanged": lambda table: [*table[:4], table[5], table[4], *table[6:]],
+    "one twice": lambda table: [*table[:5], table[4], *table[6:]],
+    "all zero": lambda table: [0] * len(table),
+    "into a frame": lambda table: [*table[:5], table[5] + 2, *table[6:]],
+    "behind the end": lambda table: [*table[:-1], 10**6],
+}
+
+
+@pytest.mark.parametrize("syntax", [JPEGLSLossless, JPEG2000Lossless, RLELossless])
+@pytest.mark.parametrize("name", OFFSETS)
+def test_an_offset_table_that_does_not_lead_to_the_frames_is_refused(tmp_path, name, syntax):
+    path = EnhancedCt(Ct(transfer_syntax=syntax)).write(tmp_path)
+    raw = bytearray(path.read_bytes())
+    start = raw.index(b"\xfe\xff\0\xe0", raw.index(b"\xe0\x7f\x10\0OB")) + 8
+    table = np.frombuffer(bytes(raw[start : start + 4 * SLICES]), "<u4").tolist()
+    assert (table[0], len(set(table))) == (0, SLICES)
+    raw[start : start + 4 * SLICES] = np.array(OFFSETS[name](table), "<u4").tobytes()
+    path.write_bytes(raw)
+    assert_never_silently_wrong(tmp_path, refused(C.PIXEL_TRUNCATED, 1))
+
+
 def test_a_gap_between_frames_is_refused(tmp_path):
     EnhancedCt(frames=[index for index in range(SLICES) if index != 6]).write(tmp_path)
     assert_never_silently_wrong(tmp_path, refused(C.SLICE_MISSING, 1))
