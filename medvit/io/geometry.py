@@ -31,6 +31,10 @@ SPACING_TOLERANCE_MM = 0.05
 """The same in mm, and how far positions written with one decimal are off."""
 
 
+MISSING_SHARE = 0.4
+"""Of the slice distance: further from a regular grid than this a slice lies where one is missing."""
+
+
 @dataclass(frozen=True)
 class Stack:
     """Slices in order along their normal.
@@ -103,7 +107,8 @@ def _check_spacing(distance: Floats) -> None:
     off = np.abs(gaps - typical) > max(SPACING_TOLERANCE * typical, SPACING_TOLERANCE_MM)
     # positions each rounded to one decimal: distances vary by twice that, but no slice leaves the regular grid
     astray = np.abs(distance - np.linspace(distance[0], distance[-1], len(distance))).max()
-    if not off.any() or astray <= 2 * SPACING_TOLERANCE_MM:
+    # a missing slice pushes its neighbours half a step astray, which of thin slices is no more than rounding
+    if not off.any() or astray <= min(2 * SPACING_TOLERANCE_MM, MISSING_SHARE * typical):
         return
     multiples = gaps[off] / typical
     whole = np.abs(multiples - np.round(multiples)) <= SPACING_TOLERANCE * np.round(multiples) + 1e-9

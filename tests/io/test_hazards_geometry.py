@@ -110,6 +110,17 @@ def test_a_gap_is_refused_wherever_it_is(tmp_path, geometry, missing):
     assert_never_silently_wrong(tmp_path, refused(C.SLICE_MISSING, len(kept)))
 
 
+@pytest.mark.parametrize("step_mm", [0.125, 0.15, 0.2, 0.25])
+@pytest.mark.parametrize("missing", [1, 5, 6, 10])
+def test_a_gap_between_thin_slices_is_refused(tmp_path, step_mm, missing):
+    """Cone beam CT: a missing slice moves none of the others further than positions are rounded elsewhere."""
+    ct = Ct(grid=Grid(step=(0, 0, step_mm)), edit=change(SliceThickness=step_mm))
+    ct.write(tmp_path / "whole")
+    assert_never_silently_wrong(tmp_path / "whole", right(ct))
+    ct.write(tmp_path / "gap", only=[index for index in range(SLICES) if index != missing])
+    assert_never_silently_wrong(tmp_path / "gap", refused(C.SLICE_MISSING, SLICES - 1))
+
+
 @pytest.mark.parametrize("end", [0, 11])
 def test_a_stack_that_ends_earlier_is_a_shorter_volume(tmp_path, end):
     """Nobody can tell; what comes out is right where it is."""
