@@ -109,6 +109,8 @@ def build_manifest(
             f"{len(units)} candidates). Check that labels and folder belong together."
         )
     _check_further_keys(table, columns, key, matched, labels)
+    if key == "series_uid":
+        _check_single_study(matched, labels)
     cases = tuple(_case(table[line], columns, unit, label, site) for line, unit in matched)
     return Manifest(
         cases=cases,
@@ -194,6 +196,19 @@ def _check_further_keys(
         raise UsageError(
             f"labels {labels}: column {column_name!r} contradicts the files matched by {key} on line {shown} "
             f"({len(set(lines))} in all). Correct the table, or remove the column that is wrong."
+        )
+
+
+def _check_single_study(matched: Iterable[tuple[int, _Unit]], labels: Path) -> None:
+    """One series UID in several studies, and so perhaps of several patients: a row can mean only one of them."""
+    studies: dict[int, set[str]] = defaultdict(set)
+    for line, unit in matched:
+        studies[line].add(unit.series.study_uid)
+    several = sorted(line for line, found in studies.items() if len(found) > 1)
+    if several:
+        raise UsageError(
+            f"labels {labels}: the series_uid on line {', '.join(map(str, several[:10]))} names series of several "
+            f"studies ({len(several)} such lines). Key the labels by study_uid."
         )
 
 

@@ -285,6 +285,8 @@ def test_one_series_uid_in_two_studies_keeps_the_patients_apart(tmp_path):
     one, two = pseudonym("patient", "p1"), pseudonym("patient", "p2")
     assert patients == {"1-0": one, "2-0": two, "0-copy": two}
     assert len({case.case_id for case in unlabelled_cases(scan_folder(tmp_path / "ct"))[0]}) == 2
+    with pytest.raises(UsageError, match=r"line 2 names series of several studies.*Key the labels by study_uid"):
+        manifest_of(tmp_path / "ct", "series_uid,label\n1.2.3,yes\n9.9,no\n")
 
 
 # ---- volumes --------------------------------------------------------------------------------------------------------
