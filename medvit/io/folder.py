@@ -194,14 +194,13 @@ class _Listing:
         """The series and the account of files."""
         if not self.entries and not self.slices and not self.volumes:
             raise UsageError(f"{self.root}: the folder is empty. Put the exported DICOM or NIfTI files in it.")
-        volume_files = {entry.path: entry for volume in self.volumes for entry in _entries_of(volume)}
-        # detached pixels were also met as files of their own
-        alone = [entry for entry in self.entries if entry.path not in volume_files]
+        of_volumes = [entry for volume in self.volumes for entry in _entries_of(volume)]
         series, entries = assembly.assemble(
             self.root, self.slices, self.broken, assume_hu=self.assume_hu, changed_after_ns=self.newest
         )
-        files = sorted((*alone, *volume_files.values(), *entries), key=itemgetter(0))
-        return Inventory(self.root, (*self.volumes, *series), tuple(files))
+        # detached pixels were also met as files of their own, as slices even
+        files = {entry.path: entry for entry in (*self.entries, *entries, *of_volumes)}
+        return Inventory(self.root, (*self.volumes, *series), tuple(sorted(files.values(), key=itemgetter(0))))
 
 
 def _silent(path: str) -> None:

@@ -721,6 +721,14 @@ def test_a_damaged_header_ends_in_a_scan_or_a_code(tmp_path, name, data):
 # --- the account of files --------------------------------------------------------------------------------------------
 
 
+def test_a_slice_that_a_header_names_as_its_pixels_is_one_file(tmp_path):
+    pixels = Ct().write(tmp_path)[3]
+    nrrd(tmp_path / "ct.nhdr", detached=pixels.name, byte_skip=-1, sizes="24 20 1")
+    inventory = scan_folder(tmp_path)
+    assert [series.usable for series in inventory.series] == [True, True]
+    assert len({entry.path for entry in inventory.files}) == len(inventory.files) == 13
+
+
 def test_detached_pixels_are_part_of_their_volume_and_not_a_file_of_their_own(tmp_path):
     (tmp_path / "ct.img.gz").write_bytes(gzip.compress(RAW))
     nrrd(tmp_path / "ct.nhdr", detached="ct.img.gz", encoding="gzip")
