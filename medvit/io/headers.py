@@ -134,7 +134,8 @@ class HeaderReader:
         if elements.preamble is None and not (sop_class.startswith("1.2.840.10008.") and "SOPInstanceUID" in values):
             raise ScanError(ReasonCode.NOT_DICOM, "no DICOM header", (name,))
         if sop_class in MULTIFRAME_CT:
-            return [self._slice(elements, each, name, frame) for frame, each in enumerate(frame_values(values))]
+            frames = frame_values(values, little=elements.little)
+            return [self._slice(elements, each, name, frame) for frame, each in enumerate(frames)]
         return [self._slice(elements, values, name, 0)]
 
     def _slice(self, elements: Elements, values: Values, name: str, frame: int) -> SliceHeader:

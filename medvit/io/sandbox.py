@@ -278,6 +278,7 @@ class Sandbox:
             if late:
                 raise TimeoutError
             answer = worker.take()
+            fault = _fault(answer, files)
         except (OSError, ValueError, EOFError):
             self._drop(worker)
             status = worker.process.returncode
@@ -285,13 +286,20 @@ class Sandbox:
                 detail = f"not decoded within {self.deadline_s:g} seconds"
                 raise ScanError(ReasonCode.DEADLINE, detail, files) from None
             raise ScanError(ReasonCode.WORKER_DIED, f"the decoder ended with status {status}", files) from None
-        if "code" in answer:
-            raise ScanError(ReasonCode(answer["code"]), answer["detail"], tuple(answer["files"]) or files)
+        if fault is not None:
+            raise fault
         return answer["answer"]
 
     def _drop(self, worker: _Worker) -> None:
         worker.end()
         self._workers.remove(worker)
+
+
+def _fault(answer: Any, files: tuple[str, ...]) -> ScanError | None:
+    """What a worker could not do; ValueError where it says what no sound worker says."""
+    if "code" not in answer:
+        return None
+    return ScanError(ReasonCode(answer["code"]), answer["detail"], tuple(answer["files"]) or files)
 
 
 def _cores() -> int:

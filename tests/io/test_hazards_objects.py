@@ -42,6 +42,7 @@ from pydicom.uid import (
 )
 
 # ---- objects without slices -----------------------------------------------------------------------------------------
+from medvit.io import scan_folder
 
 STORAGE = "1.2.840.10008.5.1.4.1.1"
 NOT_VOLUMES = {
@@ -335,15 +336,19 @@ def test_one_volume_in_two_objects_is_whole_or_refused(tmp_path):
     assert_never_silently_wrong(tmp_path, right(Ct()), refused(C.MULTIFRAME_UNSUPPORTED, 2))
 
 
-def test_phases_in_an_object_each_are_volumes_of_their_own(tmp_path):
+@pytest.mark.parametrize("syntax", [ExplicitVRLittleEndian, ExplicitVRBigEndian], ids=["little", "big"])
+def test_phases_in_an_object_each_are_volumes_of_their_own(tmp_path, syntax):
     """One multi-frame object for each phase, in one series: as scanners with a wide detector write them."""
     for phase in (1, 2):
         edit = partial(put, keyword="SOPInstanceUID", value=f"1.2.3.{phase}")
-        one = EnhancedCt(Ct(hu=phantom_hu() + 100 * phase), phases=[phase] * SLICES, edit=edit)
+        ct = Ct(hu=phantom_hu() + 100 * phase, transfer_syntax=syntax)
+        one = EnhancedCt(ct, phases=[phase] * SLICES, edit=edit)
         one.write(tmp_path, f"phase{phase}.dcm")
     flags = frozenset({C.MULTIPHASE})
     truths = tuple(Truth(GRIDS["axial"], phantom_hu() + 100 * phase, flags) for phase in (1, 2))
     assert_never_silently_wrong(tmp_path, Expected(truths))
+    phases = [one.header.phase for one in scan_folder(tmp_path).series]
+    assert phases == ["temporal position 1", "temporal position 2"]
 
 
 def test_an_object_and_the_slices_it_was_made_of_are_two_volumes(tmp_path):
