@@ -95,6 +95,7 @@ def stack_slices(positions: Floats, orientation: Floats, spacing_mm: Floats, thi
     affine[:3, 1] = orientation[3:] * spacing_mm[0]
     affine[:3, 2] = step
     affine[:3, 3] = positions[order[0]]
+    affine += 0.0  # -0 is written by some slices of a series: which one is first must not show
     return Stack(order=order, affine=affine, tilt_degrees=tilt)
 
 

@@ -93,22 +93,13 @@ class _Worker:
     """One process and the socket to it."""
 
     def __init__(self, memory_bytes: int) -> None:
-        ours, theirs = socket.socketpair()
-        threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-        # our own package first, what the caller imports from last: a script's neighbours shadow no standard module
-        home, others = str(Path(__file__).parents[2]), [entry for entry in sys.path if entry]
-        program = f"import sys; sys.path[:0] = [{home!r}]; sys.path += {others!r}\n"
-        program += f"from medvit.io.worker import serve; serve({theirs.fileno()}, {memory_bytes})"
-        self.process = subprocess.Popen(
-            [sys.executable, "-P", "-c", program],  # -P: nothing in the working folder is a module
-            env={**os.environ, **threads},
-            pass_fds=[theirs.fileno()],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,  # codecs print; what matters comes back as an answer
-            stderr=subprocess.DEVNULL,
-        )
-        theirs.close()
-        self.channel = ours
+        self.channel, theirs = socket.socketpair()
+        try:
+            with theirs:
+                self.process = _start(theirs.fileno(), memory_bytes)
+        except BaseException:  # Ctrl-C, or no process left: its end of the socket tells a started one to go
+            self.channel.close()
+            raise
         self.mapped: _Memory | None = None
         self.task: Task | None = None
         self.until = 0.0
@@ -128,6 +119,23 @@ class _Worker:
         self.process.kill()
         self.channel.close()
         self.process.wait()
+
+
+def _start(descriptor: int, memory_bytes: int) -> subprocess.Popen[bytes]:
+    """A process that serves the socket of this descriptor."""
+    threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+    # our own package first, what the caller imports from last: a script's neighbours shadow no standard module
+    home, others = str(Path(__file__).parents[2]), [entry for entry in sys.path if entry]
+    program = f"import sys; sys.path[:0] = [{home!r}]; sys.path += {others!r}\n"
+    program += f"from medvit.io.worker import serve; serve({descriptor}, {memory_bytes})"
+    return subprocess.Popen(
+        [sys.executable, "-P", "-c", program],  # -P: nothing in the working folder is a module
+        env={**os.environ, **threads},
+        pass_fds=[descriptor],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,  # codecs print; what matters comes back as an answer
+        stderr=subprocess.DEVNULL,
+    )
 
 
 class Sandbox:

@@ -8,7 +8,7 @@ from ct_builder import GRIDS, Ct, Grid, assert_is_phantom, phantom_at, phantom_h
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medvit.io import read, reorient_lps
+from medvit.io import read, read_files, reorient_lps
 from medvit.records import Scan, ScanHeader
 
 MOVES = [(order, flips) for order in itertools.permutations(range(3)) for flips in itertools.product((1, -1), repeat=3)]
@@ -69,3 +69,14 @@ def test_reorienting_keeps_everything_else():
     scan = Scan(hu=phantom_hu().astype(np.float32), affine=Grid().affine, header=header, padding_fraction=0.25)
     oriented = reorient_lps(scan)
     assert (oriented.header, oriented.padding_fraction) == (header, 0.25)
+
+
+def test_a_negative_zero_of_one_slice_does_not_show(tmp_path):
+    """Some slices of a series say -0 and some 0: read in another order, the affine is the same to the bit."""
+
+    def signed(dataset, index):
+        dataset.ImageOrientationPatient = ["1", "-0", "0", "0", "1", "-0"] if index % 2 else [1, 0, 0, 0, 1, 0]
+
+    paths = Ct(edit=signed).write(tmp_path)
+    scans = [read_files(order) for order in (paths, paths[::-1], paths[1:] + paths[:1])]
+    assert len({scan.affine.tobytes() for scan in scans}) == 1
