@@ -19,8 +19,8 @@ from medvit.records import ReasonCode, ScanError
 
 @pytest.fixture
 def pool(monkeypatch):
-    """A sandbox of one worker with a deadline of a second, used by every reader of this process."""
-    own = sandbox.Sandbox(1, deadline_s=1.0)
+    """A sandbox of one worker with a deadline of five seconds, used by every reader of this process."""
+    own = sandbox.Sandbox(1, deadline_s=5.0)
     monkeypatch.setattr(sandbox, "_default", (os.getpid(), own))
     yield own
     own.close()
