@@ -7,7 +7,9 @@ Everything has a default, so that a config file says only what is particular; th
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import yaml
@@ -41,6 +43,14 @@ class DataConfig(_Section):
     test_fraction: float = Field(0.25, gt=0, lt=1, description="share of patients held out when folds is 0")
     validation_fraction: float = Field(0.2, gt=0, lt=1, description="share of training patients for model selection")
     holdout_sites: tuple[str, ...] = Field((), description="leave these sites out: they become the test split")
+    target_sites: tuple[str, ...] = Field(
+        (),
+        description="adapt to these sites: their labels never train or select; test_fraction of their labelled "
+        "patients is the test split, all others are trained on without labels",
+    )
+    sampling: Literal["shuffle", "balanced"] = Field(
+        "shuffle", description="balanced: every class as often as any other, rare cases drawn repeatedly"
+    )
     normalise: Literal["backbone", "training"] = Field(
         "backbone",
         description="mean and std per window: the pretrained weights' own, or of the training split (weights=none); "
@@ -64,16 +74,32 @@ class ModelConfig(_Section):
     )
     pooling: Literal["attention", "mean", "max"] = Field("attention", description="slices to study")
     pooling_width: int = Field(64, gt=0, description="hidden width of the attention pooling")
+    head: Literal["linear", "mlp"] = Field("linear", description="mlp: 512 hidden units with dropout 0.5 and 0.3")
     dropout: float = Field(0.0, ge=0, lt=1, description="before the linear head")
     drop_path: float = Field(0.0, ge=0, lt=1, description="stochastic depth of the backbone, linear in depth")
 
 
 class ObjectiveConfig(_Section):
-    """What is minimised."""
+    """What is minimised: cross-entropy on labelled cases, and with it what makes sites alike."""
 
-    name: Literal["supervised"] = Field("supervised", description="cross-entropy")
+    name: Literal["supervised", "dann", "cdan", "mmd"] = Field(
+        "supervised", description="cross-entropy alone, or with adaptation to data.target_sites"
+    )
     class_weights: bool = Field(True, description="weigh classes by their inverse frequency in the training split")
     label_smoothing: float = Field(0.0, ge=0, lt=1)
+    focal_gamma: float = Field(0.0, ge=0, description="focal loss: 0 is cross-entropy, 2 is usual")
+    mixup: float = Field(0.0, ge=0, description="Beta(a, a) of the mixing share; 0: off, 0.2 is usual")
+    cutmix: float = Field(0.0, ge=0, description="the same for pasted boxes, 1.0 is usual; with both, one per batch")
+    strength: float = Field(1.0, ge=0, description="weight of the adaptation: 1 for dann and cdan, 0.1 for mmd")
+    discriminator_width: int = Field(256, gt=0, description="hidden units of the domain head of dann and cdan")
+    entropy: bool = Field(True, description="cdan: confident cases count more (CDAN+E)")
+    kernel: Literal["rbf", "linear"] = Field("rbf", description="mmd: several bandwidths around the median, or linear")
+    unbiased: bool = Field(False, description="mmd: the unbiased estimate, which can be below zero")
+
+    @property
+    def adapts(self) -> bool:
+        """Whether it learns from unlabelled cases of target sites."""
+        return self.name in ("dann", "cdan", "mmd")
 
 
 class Stage(_Section):
@@ -81,12 +107,27 @@ class Stage(_Section):
 
     name: str = "all"
     epochs: int = Field(20, gt=0)
-    trainable: Literal["head", "all"] = Field("all", description="head: frozen backbone; all: everything")
+    trainable: Literal["head", "top", "all"] = Field(
+        "all", description="head: frozen backbone; top: its last blocks and final norm too; all: everything"
+    )
+    blocks: int = Field(3, gt=0, description="with trainable=top: how many blocks")
+    size: int | None = Field(
+        None, gt=0, description="px in this stage, rounded to the patch; null: preprocessing.size. The last stage's is"
+    )
     lr: float = Field(3e-4, gt=0, description="peak learning rate of pooling and head")
-    backbone_lr: float | None = Field(None, gt=0, description="peak of the backbone; null: a tenth of lr")
+    backbone_lr: float | None = Field(None, gt=0, description="peak of the backbone's top block; null: a tenth of lr")
+    layer_rates: Literal["flat", "decay", "multiplier"] = Field(
+        "flat",
+        description="flat: one rate; decay: each block layer_decay times the one above; multiplier: embeddings 0.1, "
+        "first two blocks 0.5, the rest 1",
+    )
+    layer_decay: float = Field(0.75, gt=0, le=1, description="with decay; 1/2.6 = 0.385 is ULMFiT's, for few layers")
     weight_decay: float = Field(0.05, ge=0, description="not on biases, norms, tokens and position embedding")
     warmup: float = Field(0.1, ge=0, lt=1, description="share of steps")
     min_lr: float = Field(0.01, ge=0, le=1, description="end of the cosine, as a share of each group's own peak")
+    schedule: Literal["cosine", "restarts"] = Field("cosine", description="restarts: cosine again and again")
+    restart_epochs: int = Field(10, gt=0, description="length of the first cycle; cycles are stretched to fill a stage")
+    restart_factor: int = Field(2, ge=1, description="each cycle is so many times as long as the one before")
 
 
 class TrainingConfig(_Section):
@@ -95,11 +136,17 @@ class TrainingConfig(_Section):
     stages: tuple[Stage, ...] = Field((Stage(),), min_length=1)
     batch_size: int = Field(8, gt=0, description="scans per step and device")
     accumulate: int = Field(1, gt=0, description="steps whose gradients are averaged before the optimizer moves")
-    select: Literal["best", "last"] = Field(
+    select: Literal["best", "last", "target"] = Field(
         "best",
         description="best: the epoch with the highest validation AUROC; last: for a convex head on few validation "
-        "patients, where choosing an epoch adds noise",
+        "patients, where choosing an epoch adds noise; target: validation AUROC plus the information of predictions on "
+        "unlabelled target cases, for adaptation",
     )
+    patience: int = Field(0, ge=0, description="end a stage after so many epochs without a better one; 0: never")
+    ema: float = Field(0.0, ge=0, lt=1, description="judge and keep a moving average of weights, for example 0.999")
+    checkpoint_minutes: float = Field(10.0, ge=0, description="most work that a kill can cost; 0: every step is saved")
+    gradient_checkpointing: bool = Field(False, description="compute activations twice, keep few: less memory")
+    compile: bool = Field(False, description="torch.compile the model: worth it on a GPU, not for few steps")
     clip_norm: float = Field(1.0, gt=0, description="largest gradient norm")
     precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = Field(
         "auto", description="auto: 32-bit on a CPU without bf16 units, mixed on a GPU that has it"
@@ -144,9 +191,42 @@ class Config(_Section):
             raise ValueError("data.folds: 1 fold holds nothing out; give 0 (one held-out split) or 2 and more")
         return self
 
+    @model_validator(mode="after")
+    def _ends_at_full_size(self) -> Config:
+        last = self.training.stages[-1].size
+        if last not in (None, self.preprocessing.size):
+            raise ValueError(
+                f"training.stages: the last one trains at {last} px and the model is used at preprocessing.size "
+                f"{self.preprocessing.size}; leave out its size"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _has_an_estimate(self) -> Config:
+        if self.objective.name == "mmd" and self.objective.unbiased and self.training.batch_size == 1:
+            raise ValueError(
+                "objective.unbiased compares cases within each side: training.batch_size must be 2 or more"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _one_split(self) -> Config:
+        if self.data.target_sites and (self.data.folds or self.data.holdout_sites):
+            raise ValueError("data.target_sites makes a split of its own: leave out data.folds and data.holdout_sites")
+        return self
+
     def to_yaml(self) -> str:
         """The config as resolved, every key present."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+GRIDS: Mapping[str, Mapping[str, Sequence[float]]] = MappingProxyType(
+    {
+        "rates": {"training.stages.-1.lr": (1e-4, 3e-4, 1e-3), "training.stages.-1.weight_decay": (0.01, 0.05)},
+        "strength": {"objective.strength": (0.0, 0.1, 0.3, 1.0, 3.0)},
+    }
+)
+"""Name -> config key -> values; every combination is a point. -1 is the last stage."""
 
 
 def shipped_configs() -> dict[str, Path]:
@@ -172,6 +252,18 @@ def load_config(source: str | Path | None = None, overrides: tuple[str, ...] | l
     tree = config.model_dump(mode="json")  # with the defaults in place, so that an override can reach into them
     for override in overrides:
         _apply(tree, override)
+    return _validate(tree)
+
+
+def override(config: Config, settings: Mapping[str, Any]) -> Config:
+    """The same with some values changed, each by its `section.key`.
+
+    Raises:
+        UsageError: unknown key, or a value out of range.
+    """
+    tree = config.model_dump(mode="json")
+    for key, value in settings.items():
+        _apply(tree, f"{key}={value}")
     return _validate(tree)
 
 
