@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from medvit.data.pipelines import Slices, choose_slices, prediction_transform, prepare_slices
+from medvit.data.pipelines import Slices, choose_slices, prediction_transform, prepare_slices, resize_slices
 from medvit.data.pseudonym import pseudonym
 from medvit.models.bundle import BundleInfo, open_bundle
 from medvit.models.classifier import CtClassifier
@@ -25,6 +26,14 @@ Floats = npt.NDArray[np.float32]
 
 STUDIES_AT_ONCE = 256
 """Through pooling and head, which are small."""
+
+
+class StudyOutput(NamedTuple):
+    """Of one study: `logits` (K,), `weights` (S,) of its slices, and its `pooled` features (D,)."""
+
+    logits: Floats
+    weights: Floats
+    pooled: Floats
 
 
 @dataclass(frozen=True)
@@ -53,17 +62,18 @@ class Encoder:
         chunks: list[Tensor] = []
         with torch.inference_mode():
             for start in range(0, len(slices), self.batch_slices):
-                values = torch.as_tensor(transform(np.array(slices[start : start + self.batch_slices], np.float32)))
+                some = np.array(slices[start : start + self.batch_slices], np.float32)
+                values = torch.as_tensor(transform(resize_slices(some, self.classifier.backbone.size)))
                 chunks.append(self.classifier.backbone(values.as_subclass(Tensor).to(device)).float().cpu())
         self.classifier.train(was_training)
         return torch.cat(chunks).numpy()
 
-    def studies(self, features: Sequence[Floats]) -> list[tuple[Floats, Floats]]:
-        """Features (S, D) of the chosen slices of each study -> its logits (K,) and slice weights (S,)."""
+    def studies(self, features: Sequence[Floats]) -> list[StudyOutput]:
+        """Features (S, D) of the chosen slices of each study -> what the model makes of it."""
         device = next(self.classifier.parameters()).device
         was_training = self.classifier.training
         self.classifier.eval()
-        results: list[tuple[Floats, Floats]] = []
+        results: list[StudyOutput] = []
         with torch.inference_mode():
             for start in range(0, len(features), STUDIES_AT_ONCE):
                 some = [torch.tensor(one, dtype=torch.float32) for one in features[start : start + STUDIES_AT_ONCE]]
@@ -71,8 +81,10 @@ class Encoder:
                 lengths = torch.tensor([len(one) for one in some])
                 mask = torch.arange(values.shape[1]) < lengths[:, None]
                 output = self.classifier(values.to(device), mask.to(device))
-                logits, weights = output.logits.float().cpu().numpy(), output.weights.float().cpu().numpy()
-                results += [(logits[row], weights[row, : len(one)]) for row, one in enumerate(some)]
+                logits, weights, pooled = (part.float().cpu().numpy() for part in output)
+                results += [
+                    StudyOutput(logits[row], weights[row, : len(one)], pooled[row]) for row, one in enumerate(some)
+                ]
         self.classifier.train(was_training)
         return results
 
@@ -112,7 +124,7 @@ class Model:
     def predict_slices(self, slices: Slices, case: Case) -> Prediction:
         """Predict a case from its prepared slices, int16 HU (Z, size, size)."""
         chosen = self.encoder.choose(len(slices))
-        ((logits, weights),) = self.encoder.studies([self.encoder.encode(slices[chosen])])
+        ((logits, weights, _),) = self.encoder.studies([self.encoder.encode(slices[chosen])])
         return self.prediction(case, logits, chosen, weights)
 
     def prediction(self, case: Case, logits: Floats, chosen: npt.NDArray[np.intp], weights: Floats) -> Prediction:

@@ -163,7 +163,7 @@ def test_prediction_carries_no_identifier_of_the_patient(model):
 
 def test_features_are_of_the_slices_that_a_prediction_looks_at(model):
     (features,) = model.features([scan(1)])
-    ((logits, _),) = model.encoder.studies([features])
+    ((logits, _, _),) = model.encoder.studies([features])
     np.testing.assert_allclose(softmax(logits, 1.5)[1], probability(model, scan(1))[0], atol=1e-6)
 
 
@@ -182,7 +182,7 @@ def test_studies_of_any_length_beside_each_other_come_out_as_alone(model):
     features = [rng.normal(size=(1 + index % 5, width)).astype(np.float32) for index in range(STUDIES_AT_ONCE + 3)]
     together = model.encoder.studies(features)
     assert len(together) == len(features)
-    for one, (logits, weights) in zip(features, together, strict=True):
-        ((expected, expected_weights),) = model.encoder.studies([one])
+    for one, (logits, weights, _) in zip(features, together, strict=True):
+        ((expected, expected_weights, _),) = model.encoder.studies([one])
         np.testing.assert_allclose(logits, expected, atol=1e-5)
         np.testing.assert_allclose(weights, expected_weights, atol=1e-6)

@@ -14,7 +14,7 @@ import torch
 from monai.transforms import Compose
 from torch.utils.data import Dataset
 
-from medvit.data.pipelines import choose_slices
+from medvit.data.pipelines import choose_slices, resize_slices
 from medvit.records import Case
 
 
@@ -30,10 +30,15 @@ class CaseDataset(Dataset[dict[str, Any]]):
     Args:
         cases: in a fixed order.
         load: case -> (Z, size, size) HU or (Z, D) features.
-        labels: (N,) class index of each case.
+        labels: (N,) class index of each case; negative: trained on without a label.
         slices: how many to draw of each at most.
-        transform: HU (S, H, W) -> (S, C, H, W); None leaves features as they are.
+        transform: rows and columns -> (HU (S, H, W) -> (S, C, H, W)); None leaves features as they are.
         seed: of all draws.
+        domains: (N,) which site each case is of; None is one site.
+
+    Attributes:
+        epoch: decides the draws; set by the loop before it makes the loader, so that no worker has an older one.
+        size: rows and columns of what the model sees, px; likewise.
     """
 
     def __init__(
@@ -43,30 +48,38 @@ class CaseDataset(Dataset[dict[str, Any]]):
         labels: npt.NDArray[np.int64],
         *,
         slices: int,
-        transform: Compose | None,
+        transform: Callable[[int], Compose] | None,
         seed: int,
+        domains: npt.NDArray[np.int64] | None = None,
     ) -> None:
         self.cases, self.load, self.labels = list(cases), load, labels
-        self.slices, self.transform, self.seed, self.epoch = slices, transform, seed, 0
+        self.domains = np.zeros(len(self.cases), np.int64) if domains is None else domains
+        self.slices, self.transform, self.seed = slices, transform, seed
+        self.epoch, self.size = 0, 0
+        self._made: dict[int, Compose] = {}
 
     def __len__(self) -> int:
         return len(self.cases)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """`input` (S, ...) float32, `label` and `index`."""
+        """`input` (S, ...) float32, `label`, `domain` and `index`."""
         rng = draw(self.seed, self.epoch, index)
         volume = self.load(self.cases[index])
         chosen = np.array(volume[choose_slices(len(volume), self.slices, rng)], np.float32)
         if self.transform is None:
             values = torch.from_numpy(chosen)
         else:
-            self.transform.set_random_state(seed=int(rng.randint(2**31)))
-            values = torch.as_tensor(self.transform(chosen)).as_subclass(torch.Tensor)
-        return {"input": values, "label": int(self.labels[index]), "index": index}
+            size = self.size or chosen.shape[-1]
+            if size not in self._made:
+                self._made[size] = self.transform(size)
+            transform = self._made[size]
+            transform.set_random_state(seed=int(rng.randint(2**31)))
+            values = torch.as_tensor(transform(resize_slices(chosen, size))).as_subclass(torch.Tensor)
+        return {"input": values, "label": int(self.labels[index]), "domain": int(self.domains[index]), "index": index}
 
 
 def collate(samples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """Pad to the longest: `input` (B, S, ...), `mask` (B, S) true where there is a slice, `label` and `index` (B,)."""
+    """Pad to the longest: `input` (B, S, ...), `mask` (B, S) true where there is a slice, the rest (B,)."""
     longest = max(len(sample["input"]) for sample in samples)
     first = samples[0]["input"]
     values = first.new_zeros((len(samples), longest, *first.shape[1:]))
@@ -77,12 +90,5 @@ def collate(samples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
     return {
         "input": values,
         "mask": mask,
-        "label": torch.tensor([sample["label"] for sample in samples]),
-        "index": torch.tensor([sample["index"] for sample in samples]),
+        **{name: torch.tensor([sample[name] for sample in samples]) for name in ("label", "domain", "index")},
     }
-
-
-def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
-    """A shuffle of 0..count-1 that depends only on seed and epoch."""
-    order: list[int] = draw(seed, epoch).permutation(count).tolist()
-    return order

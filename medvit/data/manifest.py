@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,7 +79,12 @@ class _Unit:
 
 
 def build_manifest(
-    inventory: Inventory, labels: Path, *, label_column: str = "label", site_column: str | None = None
+    inventory: Inventory,
+    labels: Path,
+    *,
+    label_column: str = "label",
+    site_column: str | None = None,
+    target_sites: Sequence[str] = (),
 ) -> Manifest:
     """Join a scanned folder with its labels.
 
@@ -88,6 +93,7 @@ def build_manifest(
         labels: CSV (DESIGN section 4, "Labels CSV").
         label_column: its column with the class; an empty cell is an unlabelled case.
         site_column: column with the site; None takes `site` if there is one, else the DICOM headers.
+        target_sites: scans of these sites (by their headers) are unlabelled cases where they have no row.
 
     Raises:
         UsageError: no key or label column, no match, contradicting keys, fewer than two classes.
@@ -111,7 +117,13 @@ def build_manifest(
     _check_further_keys(table, columns, key, matched, labels)
     if key == "series_uid":
         _check_single_study(matched, labels)
-    cases = tuple(_case(table[line], columns, unit, label, site) for line, unit in matched)
+    with_row = {id(unit) for _, unit in matched}
+    without = [unit for unit in units if id(unit) not in with_row]
+    targets = [unit for unit in without if unit.series.header.site in target_sites]
+    cases = (
+        *(_case(table[line], columns, unit, label, site) for line, unit in matched),
+        *(_case({}, {}, unit, None, None) for unit in targets),
+    )
     return Manifest(
         cases=cases,
         classes=class_order((case.label for case in cases), label_column),
@@ -119,7 +131,7 @@ def build_manifest(
         unmatched_rows=tuple(
             line for line, row in table.items() if found.isdisjoint(key_values(row[keyed_by], key, roots))
         ),
-        without_row=len(units) - len(matched),
+        without_row=len(without) - len(targets),
         not_selected=not_selected,
     )
 

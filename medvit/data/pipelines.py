@@ -54,6 +54,14 @@ def prepare_slices(scan: Scan, preprocessing: Preprocessing) -> Slices:
     return np.clip(np.round(square), -32768, 32767).astype(np.int16)
 
 
+def resize_slices(hu: npt.NDArray[np.float32], size: int) -> npt.NDArray[np.float32]:
+    """Square slices (S, H, H) at another size (S, size, size): averaged over areas below, bilinear above."""
+    if hu.shape[-1] == size:
+        return hu
+    method = cv2.INTER_AREA if size < hu.shape[-1] else cv2.INTER_LINEAR
+    return np.stack([cv2.resize(plane, (size, size), interpolation=method) for plane in hu])
+
+
 def choose_slices(count: int, wanted: int, rng: np.random.RandomState | None = None) -> npt.NDArray[np.intp]:
     """Which slices to look at: one from each of `wanted` equal stretches of the axis; all of them if there are no more.
 
@@ -85,16 +93,23 @@ def window_statistics(
 
 
 def training_transform(
-    preprocessing: Preprocessing, augment: AugmentConfig | None, mean: Sequence[float], std: Sequence[float]
+    preprocessing: Preprocessing,
+    augment: AugmentConfig | None,
+    mean: Sequence[float],
+    std: Sequence[float],
+    size: int | None = None,
 ) -> Compose:
-    """HU (S, H, W) -> (S, C, H, W) normalised, randomly varied. `set_random_state(seed)` before each call."""
+    """HU (S, size, size) -> (S, C, size, size) normalised, randomly varied. `set_random_state(seed)` before each call.
+
+    `size` is that of the stage of training; None is the preprocessing's.
+    """
     if augment is None:
         return prediction_transform(preprocessing, mean, std)
     window = JitteredWindow(preprocessing.windows, augment.window_jitter)
     return Compose(
         [
             EnsureType(dtype=torch.float32),
-            *_augmentations(preprocessing, augment),
+            *_augmentations(size or preprocessing.size, augment),
             *_finish(window, preprocessing, mean, std),
         ]
     )
@@ -106,9 +121,9 @@ def prediction_transform(preprocessing: Preprocessing, mean: Sequence[float], st
     return Compose([EnsureType(dtype=torch.float32), *_finish(window, preprocessing, mean, std)])
 
 
-def _augmentations(preprocessing: Preprocessing, augment: AugmentConfig) -> list[Callable[..., Any]]:
+def _augmentations(size: int, augment: AugmentConfig) -> list[Callable[..., Any]]:
     """On (S, H, W): MONAI takes slices for channels, so that one draw moves and blurs a whole scan alike."""
-    pixels = augment.shift * preprocessing.size
+    pixels = augment.shift * size
     steps: list[Callable[..., Any]] = [
         RandAffine(
             prob=1.0,

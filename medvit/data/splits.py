@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -21,30 +21,42 @@ from medvit.records import Case, GateError, ReasonCode, UsageError
 Indices = npt.NDArray[np.intp]
 
 SPLITS = ("train", "val", "test")
-"""What a split column may say."""
+"""What a split column must say, each of them somewhere; it may also say `target`: trained on without labels."""
 
 
 @dataclass(frozen=True)
 class Fold:
-    """Indices into the labelled cases: trained on, selected on (epoch, threshold), judged on once."""
+    """Indices into the cases: trained on, selected on (epoch, threshold), judged on once, trained on without labels."""
 
     train: Indices
     val: Indices
     test: Indices
+    target: Indices = field(default_factory=lambda: np.array([], np.intp))
+
+    def sides(self) -> dict[str, Indices]:
+        """By name, as in cases.csv."""
+        return {"train": self.train, "val": self.val, "test": self.test, "target": self.target}
 
 
 def make_folds(cases: Sequence[Case], data: DataConfig, seed: int) -> list[Fold]:
-    """Split labelled cases: by a given `split` column, by held-out sites, into k folds, or once at random.
+    """Split cases: by a given `split` column, by held-out sites, by target sites, into k folds, or once at random.
+
+    Args:
+        cases: labelled; unlabelled ones are of target sites.
+        data: how.
+        seed: of all shuffles.
 
     Raises:
         UsageError: too few patients, a class missing on one side, unknown site or split name.
         GateError: the given split has a patient on two sides.
     """
-    labels = np.array([case.label for case in cases])
+    labels = np.array([case.label or "" for case in cases])
     groups = np.array([case.group for case in cases])
     everyone = np.arange(len(cases))
     if any(case.split for case in cases):
         folds = [_given(cases)]
+    elif data.target_sites:
+        folds = [_towards_target(cases, data, labels, groups, seed)]
     elif data.holdout_sites:
         folds = [_leave_sites_out(cases, data, labels, groups, seed)]
     elif data.folds:
@@ -66,7 +78,7 @@ def check_leakage(cases: Sequence[Case], fold: Fold) -> None:
         GateError: names how many and the first few, as hashes.
     """
     sides: dict[str, set[str]] = defaultdict(set)
-    for side, indices in (("train", fold.train), ("val", fold.val), ("test", fold.test)):
+    for side, indices in fold.sides().items():
         for index in indices:
             sides[cases[index].group].add(side)
     leaking = sorted(group for group, where in sides.items() if len(where) > 1)
@@ -110,36 +122,65 @@ def _with_validation(
     return Fold(train, val, test)
 
 
+def _of_sites(
+    cases: Sequence[Case], names: Sequence[str], groups: npt.NDArray[np.str_], key: str
+) -> npt.NDArray[np.bool_]:
+    """Which cases are of these sites, or of a patient who was seen there too: that patient would leak."""
+    sites = np.array([case.site for case in cases])
+    unknown = sorted(set(names) - set(sites))
+    if unknown:
+        raise UsageError(f"{key}: no site {', '.join(unknown)}. Saw {', '.join(sorted(set(sites)))}.")
+    found = np.isin(groups, groups[np.isin(sites, names)])
+    if found.all():
+        raise UsageError(
+            f"{key}: nothing is left to train on. Leave at least one site in; and where each site numbers "
+            "its patients from 1, make the ids differ: one id is one patient."
+        )
+    return found
+
+
+def _towards_target(
+    cases: Sequence[Case], data: DataConfig, labels: npt.NDArray[np.str_], groups: npt.NDArray[np.str_], seed: int
+) -> Fold:
+    """Source patients into train, val and test; labelled target patients into test and unlabelled training."""
+    at_target = _of_sites(cases, data.target_sites, groups, "data.target_sites")
+    labelled = np.array([case.label is not None for case in cases])
+    source, judged = np.flatnonzero(~at_target & labelled), np.flatnonzero(at_target & labelled)
+    parts = _parts(data.test_fraction)
+    rest, test = _stratified(source, labels, groups, parts, seed, "data.test_fraction")[0]
+    patients = [len(set(groups[judged][labels[judged] == name])) for name in np.unique(labels[judged])]
+    if min(patients, default=0) >= parts:  # few labels are all for judging
+        _, judged = _stratified(judged, labels, groups, parts, seed, "data.test_fraction")[0]
+    test = np.concatenate([test, judged])
+    fold = _with_validation(rest, test, labels, groups, data, seed)
+    # an unlabelled scan of a patient who is judged has been seen as well
+    target = np.flatnonzero(at_target & ~np.isin(groups, groups[test]))
+    if not len(target):
+        raise UsageError("data.target_sites: all of their patients are in the test split. Lower data.test_fraction.")
+    return replace(fold, target=target)
+
+
 def _leave_sites_out(
     cases: Sequence[Case], data: DataConfig, labels: npt.NDArray[np.str_], groups: npt.NDArray[np.str_], seed: int
 ) -> Fold:
-    sites = np.array([case.site for case in cases])
-    unknown = sorted(set(data.holdout_sites) - set(sites))
-    if unknown:
-        raise UsageError(f"data.holdout_sites: no site {', '.join(unknown)}. Saw {', '.join(sorted(set(sites)))}.")
-    out = np.isin(sites, data.holdout_sites)
-    # a patient seen at both kinds of site would leak: the whole patient is held out
-    out = np.isin(groups, groups[out])
-    if out.all():
-        raise UsageError(
-            "data.holdout_sites: nothing is left to train on. Leave at least one site in; and where each site numbers "
-            "its patients from 1, make the ids differ: one id is one patient."
-        )
+    out = _of_sites(cases, data.holdout_sites, groups, "data.holdout_sites")
     return _with_validation(np.flatnonzero(~out), np.flatnonzero(out), labels, groups, data, seed)
 
 
 def _given(cases: Sequence[Case]) -> Fold:
     names = Counter(case.split for case in cases)
-    unknown = sorted(set(names) - set(SPLITS))
+    unknown = sorted(set(names) - {*SPLITS, "target"})
     if unknown or not all(names[name] for name in SPLITS):
         seen = ", ".join(f"{name or '(empty)'}: {count}" for name, count in sorted(names.items()))
-        raise UsageError(f"column 'split': saw {seen}; each labelled row needs one of {', '.join(SPLITS)}, each used.")
-    train, val, test = (np.array([i for i, case in enumerate(cases) if case.split == name]) for name in SPLITS)
-    return Fold(train, val, test)
+        raise UsageError(
+            f"column 'split': saw {seen}; each labelled row needs one of {', '.join(SPLITS)}, each used, or target."
+        )
+    sides = {name: np.array([i for i, case in enumerate(cases) if case.split == name], np.intp) for name in names}
+    return Fold(**sides)
 
 
 def _check_classes(labels: npt.NDArray[np.str_], fold: Fold) -> None:
-    wanted = set(labels)
+    wanted = set(labels) - {""}
     for side, indices in (("training", fold.train), ("validation", fold.val)):
         missing = wanted - set(labels[indices])
         if missing:

@@ -1,5 +1,7 @@
 """Every draw depends on seed, epoch and index only."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,7 @@ from torch.utils.data import DataLoader
 
 from medvit.config import AugmentConfig
 from medvit.data.cache import SliceCache
-from medvit.data.dataset import CaseDataset, collate, epoch_order
+from medvit.data.dataset import CaseDataset, collate
 from medvit.data.manifest import unlabelled_cases
 from medvit.data.pipelines import training_transform
 from medvit.io import scan_folder
@@ -28,7 +30,7 @@ def cases(tmp_path):
 def dataset(cases, tmp_path):
     slices = SliceCache(tmp_path / "cache", SETTINGS)
     slices.build(cases)
-    transform = training_transform(SETTINGS, AugmentConfig(), [0.5], [0.5])
+    transform = partial(training_transform, SETTINGS, AugmentConfig(), [0.5], [0.5])
     return CaseDataset(cases, slices.load, np.array([0, 1, 0]), slices=4, transform=transform, seed=3)
 
 
@@ -87,7 +89,8 @@ def test_collate_pads_short_scans_and_masks_the_padding(dataset):
     assert (batch["label"].tolist(), batch["index"].tolist()) == ([0, 1], [0, 1])
 
 
-def test_order_of_an_epoch_depends_on_seed_and_epoch():
-    assert sorted(epoch_order(50, 1, 2)) == list(range(50))
-    assert epoch_order(50, 1, 2) == epoch_order(50, 1, 2) != epoch_order(50, 1, 3)
-    assert epoch_order(50, 1, 2) != epoch_order(50, 2, 2)
+def test_a_stage_of_another_size_reaches_workers(dataset):
+    for size in (16, 24):
+        dataset.size = size
+        batches = DataLoader(dataset, batch_size=3, collate_fn=collate, num_workers=2)
+        assert [batch["input"].shape[-2:] for batch in batches] == [(size, size)]

@@ -164,3 +164,71 @@ def test_check_leakage_looks_at_groups_not_at_patients():
     cases = [replace(case(n, n), group="one") for n in range(3)]
     with pytest.raises(GateError):
         check_leakage(cases, Fold(np.array([0]), np.array([1]), np.array([2])))
+
+
+# adaptation to target sites
+
+
+def two_hospitals(patients=48):
+    """North and South are labelled; half of West is, and one of its patients was seen at North too."""
+    cases = [case(f"{p}", p, ("yes", "no")[p % 2], SITES[p // 2 % 3]) for p in range(patients)]
+    cases += [replace(case(f"u{p}", 1000 + p, site="West"), label=None) for p in range(10)]
+    cases.append(case("moved", 4, "yes", "North"))
+    assert cases[4].site == "West"
+    return cases
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_target_labels_stay_out_of_training_and_selection(seed):
+    cases = two_hospitals()
+    (fold,) = make_folds(cases, DataConfig(target_sites=("West",)), seed)
+    assert all(cases[i].site != "West" for i in (*fold.train, *fold.val))
+    assert {cases[i].site for i in fold.test} == {"North", "South", "West"}
+    assert all(cases[i].label is not None for i in (*fold.train, *fold.val, *fold.test))
+    assert {i for i, one in enumerate(cases) if one.label is None} <= set(fold.target.tolist())
+    everyone = np.sort(np.concatenate([fold.train, fold.val, fold.test, fold.target]))
+    np.testing.assert_array_equal(everyone, np.arange(len(cases)))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_nobody_is_adapted_to_and_judged(seed):
+    cases = two_hospitals()
+    (fold,) = make_folds(cases, DataConfig(target_sites=("West",)), seed)
+    sides = [{cases[i].group for i in side} for side in fold.sides().values()]
+    assert sum(len(side) for side in sides) == len(set.union(*sides))
+
+
+def test_a_patient_seen_at_both_sites_goes_to_the_target():
+    cases = two_hospitals()
+    (fold,) = make_folds(cases, DataConfig(target_sites=("West",)), 0)
+    assert len(cases) - 1 in {*fold.target.tolist(), *fold.test.tolist()}
+
+
+def test_a_target_without_labels_is_adapted_to_with_all_of_it():
+    cases = [one if one.site != "West" else replace(one, label=None) for one in two_hospitals()[:-1]]
+    (fold,) = make_folds(cases, DataConfig(target_sites=("West",)), 0)
+    assert sum(cases[i].site == "West" for i in fold.target) == sum(one.site == "West" for one in cases)
+    assert all(cases[i].site != "West" for i in fold.test)
+
+
+def test_few_labels_of_a_target_are_all_for_judging():
+    kept = {"4", "5", "10"}
+    cases = [
+        one if one.site != "West" or one.files[0] in kept else replace(one, label=None) for one in two_hospitals()[:-1]
+    ]
+    (fold,) = make_folds(cases, DataConfig(target_sites=("West",)), 0)
+    at_west = {i for i, one in enumerate(cases) if one.site == "West" and one.label is not None}
+    assert at_west
+    assert at_west <= set(fold.test.tolist())
+
+
+def test_unknown_target_site_is_named_with_the_known_ones():
+    with pytest.raises(UsageError, match=r"data.target_sites: no site Mars. Saw North, South, West"):
+        make_folds(two_hospitals(), DataConfig(target_sites=("Mars",)), 0)
+
+
+def test_a_given_split_may_name_target_cases():
+    names = ("train", "train", "train", "val", "test", "target")
+    cases = [replace(case(i, i, ("yes", "no")[i // 6 % 2]), split=names[i % 6]) for i in range(48)]
+    (fold,) = make_folds(cases, DataConfig(), 0)
+    assert {i % 6 for i in fold.target} == {5}
