@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Self
+from collections.abc import Callable
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from medvit.config import ModelConfig
-from medvit.models.backbone import Backbone, WeightReport, build_backbone
+from medvit.models.backbone import Backbone, build_backbone
 from medvit.models.pooling import POOLINGS
+from medvit.models.weights import WeightReport
+from medvit.records import UsageError
 
 
 class Output(NamedTuple):
-    """`logits` (B, K) and `weights` (B, S): how much each slice counted, summing to 1."""
+    """`logits` (B, K), `weights` (B, S): how much each slice counted, summing to 1, and `pooled` (B, D) features."""
 
     logits: Tensor
     weights: Tensor
+    pooled: Tensor
 
 
 class CtClassifier(nn.Module):
@@ -34,40 +38,57 @@ class CtClassifier(nn.Module):
         # features of a pretrained trunk differ in scale by orders of magnitude: without this the head learns slowly
         self.norm = nn.LayerNorm(backbone.width)
         self.pooling = POOLINGS[config.pooling](backbone.width, config.pooling_width)
-        self.head = nn.Sequential(nn.Dropout(config.dropout), nn.Linear(backbone.width, classes))
-        self.frozen = False
+        self.head = HEADS[config.head](config, backbone.width, classes)
 
     def forward(self, values: Tensor, mask: Tensor) -> Output:
         """Slices (B, S, C, H, W), or features already computed (B, S, D); mask (B, S)."""
         features = values if values.ndim == 3 else self._encode(values, mask)
         pooled, weights = self.pooling(self.norm(features), mask)
-        return Output(self.head(pooled), weights)
+        return Output(self.head(pooled), weights, pooled)
 
     def _encode(self, slices: Tensor, mask: Tensor) -> Tensor:
         """Only real slices go through the backbone: (B, S, C, H, W) -> (B, S, D), zeros where padded."""
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+        learns = any(parameter.requires_grad for parameter in self.backbone.parameters())
+        with torch.set_grad_enabled(torch.is_grad_enabled() and learns):
             encoded: Tensor = self.backbone(slices[mask])
         features = encoded.new_zeros((*mask.shape, encoded.shape[-1]))
         features[mask] = encoded
         return features
 
-    def freeze_backbone(self, frozen: bool) -> None:
-        """Freeze or thaw the backbone: while frozen no gradient, and never in training mode (dropout, statistics)."""
-        self.frozen = frozen
-        self.backbone.requires_grad_(not frozen)
+    def set_trainable(self, trainable: Literal["head", "top", "all"], blocks: int = 3) -> None:
+        """What of the backbone learns beside norm, pooling and head: see `Backbone.set_trainable`."""
+        self.backbone.set_trainable(trainable, blocks)
         self.train(self.training)
 
-    def train(self, mode: bool = True) -> Self:
-        """As nn.Module.train; a frozen backbone stays in evaluation mode."""
-        super().train(mode)
-        if self.frozen:
-            self.backbone.eval()
-        return self
+    def set_size(self, px: int) -> int:
+        """Take slices of another size; returns the one taken, px: see `Backbone.set_size`."""
+        return self.backbone.set_size(px)
+
+    def set_gradient_checkpointing(self, on: bool) -> None:
+        """Keep few activations and compute them twice: see `Backbone.set_gradient_checkpointing`."""
+        self.backbone.set_gradient_checkpointing(on)
 
     def parameter_counts(self) -> tuple[int, int]:
         """(trainable, all)."""
         counts = [(p.numel() if p.requires_grad else 0, p.numel()) for p in self.parameters()]
         return sum(t for t, _ in counts), sum(n for _, n in counts)
+
+
+def _linear(config: ModelConfig, width: int, classes: int) -> nn.Sequential:
+    return nn.Sequential(nn.Dropout(config.dropout), nn.Linear(width, classes))
+
+
+def _mlp(config: ModelConfig, width: int, classes: int) -> nn.Sequential:
+    if config.dropout:
+        raise UsageError("model.dropout is of the linear head; model.head mlp has 0.5 and 0.3. Leave one of them out.")
+    # no BatchNorm: a last batch may be of one study
+    return nn.Sequential(nn.Dropout(0.5), nn.Linear(width, 512), nn.GELU(), nn.Dropout(0.3), nn.Linear(512, classes))
+
+
+HEADS: dict[Literal["linear", "mlp"], Callable[[ModelConfig, int, int], nn.Sequential]] = {
+    "linear": _linear,
+    "mlp": _mlp,
+}
 
 
 def build_classifier(

@@ -1,5 +1,6 @@
-"""A ViT of two blocks, and weight files made from plain timm models."""
+"""A ViT of two blocks, weight files made from plain timm models, and what a forward pass keeps for the backward one."""
 
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,31 @@ def randomise(model: torch.nn.Module, seed: int) -> None:
 @pytest.fixture(scope="session")
 def tiny() -> Tiny:
     return make_tiny
+
+
+@pytest.fixture(scope="session")
+def kept_bytes() -> Callable[[torch.nn.Module, Callable[[], object]], int]:
+    """Bytes that a forward pass keeps for the backward one, without the model's own parameters and buffers."""
+
+    class Kept:
+        def __init__(self, value: torch.Tensor) -> None:
+            self.value = value
+
+    def count(model: torch.nn.Module, forward: Callable[[], object]) -> int:
+        own = {value.untyped_storage().data_ptr() for value in (*model.parameters(), *model.buffers())}
+        alive: weakref.WeakSet[Kept] = weakref.WeakSet()  # autograd drops some again before the pass has ended
+
+        def pack(value: torch.Tensor) -> Kept:
+            alive.add(kept := Kept(value))
+            return kept
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept.value):
+            result = forward()
+        storages = {kept.value.untyped_storage().data_ptr(): kept.value.untyped_storage() for kept in alive}
+        del result
+        return sum(storage.nbytes() for address, storage in storages.items() if address not in own)
+
+    return count
 
 
 @pytest.fixture

@@ -51,6 +51,19 @@ def test_round_trip_gives_identical_logits(made):
     assert torch.equal(open_bundle(folder)[0](slices, mask).logits, classifier(slices, mask).logits)
 
 
+def test_round_trip_of_an_mlp_head_after_changes_of_size(tiny, tmp_path):
+    config = tiny(head="mlp")
+    classifier, _ = build_classifier(config, size=32, channels=3, classes=2)
+    for px in (16, 32):
+        classifier.set_size(px)
+    info = BundleInfo(
+        architecture=config, preprocessing=Preprocessing(size=32), mean=(0.5,) * 3, std=(0.5,) * 3, classes=("a", "b")
+    )
+    save_bundle(tmp_path, classifier.eval(), info)
+    slices, mask = torch.randn(2, 3, 3, 32, 32), torch.ones(2, 3, dtype=torch.bool)
+    assert torch.equal(open_bundle(tmp_path)[0](slices, mask).logits, classifier(slices, mask).logits)
+
+
 def test_round_trip_gives_the_same_info(made):
     folder, _, info = made
     assert open_bundle(folder)[1] == info
