@@ -3,13 +3,20 @@
 The loop wraps, checkpoints and moves the objective as one thing, and knows no method by name (DESIGN decision 4).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import partial
 
 from medvit.config import ObjectiveConfig
 from medvit.models.classifier import CtClassifier
-from medvit.objectives.supervised import Objective, Supervised
+from medvit.objectives.adaptation import Adaptation, Cdan, Dann, Mmd
+from medvit.objectives.objective import Objective as Objective
+from medvit.objectives.objective import Task as Task
+from medvit.objectives.supervised import Supervised
 
-OBJECTIVES: dict[str, Callable[[CtClassifier, ObjectiveConfig, Sequence[int]], Objective]] = {
+OBJECTIVES: dict[str, Callable[[CtClassifier, ObjectiveConfig, Task], Objective]] = {
     "supervised": Supervised,
+    "dann": partial(Adaptation, Dann),
+    "cdan": partial(Adaptation, Cdan),
+    "mmd": partial(Adaptation, Mmd),
 }
-"""Name in the config -> (model, settings, training cases per class) -> objective."""
+"""Name in the config -> (model, settings, task) -> objective."""

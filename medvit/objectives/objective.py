@@ -1,0 +1,57 @@
+"""What the loop trains: a module that owns the model and everything else that is learned or remembered.
+
+A loss is a sum over cases divided by `batch["totals"]`, which the loop has summed over the batches of one optimizer
+step and over all processes: the gradient is that of one large batch, however it was cut up, class weights included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from medvit.models.classifier import CtClassifier
+
+UNLABELLED = -1
+"""`label` of a case that is trained on without one: a target case."""
+
+Batch = Mapping[str, Tensor]
+"""`input` (B, S, C, H, W) or (B, S, D), `mask` (B, S), `label` (B,), `domain` (B,), `index` (B,), `totals` (T,)."""
+
+
+class Task(NamedTuple):
+    """What is learned: `counts` (K,) labelled training cases per class, and how many `domains` (sites) there are."""
+
+    counts: tuple[int, ...]
+    domains: int = 1
+
+
+class Objective(nn.Module):
+    """A way to learn.
+
+    Everything random in `forward` comes from torch's global generator, which the loop seeds for each step.
+    """
+
+    classifier: CtClassifier
+
+    def totals(self, batch: Batch) -> Tensor:
+        """What this batch adds to each normaliser of the loss, (T,); `totals` is not yet in the batch."""
+        return batch["label"].new_tensor([len(batch["label"])], dtype=torch.float32)
+
+    def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
+        """Loss of one batch.
+
+        Args:
+            batch: with `totals`: the sum over all batches of this optimizer step and all processes, divided by the
+                number of processes (whose gradients are averaged).
+            progress: 0..1 over the whole training, per step.
+
+        Returns:
+            `loss`; `logits` (B, K) perhaps; all else is a scalar to be logged, detached.
+        """
+        raise NotImplementedError
+
+    def after_step(self) -> None:
+        """Called after each optimizer step."""
