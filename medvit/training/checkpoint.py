@@ -1,4 +1,4 @@
-"""Checkpoints: one safetensors file with the rest as JSON in its metadata. No pickle; whole or not there.
+"""A checkpoint: one safetensors file with the rest as JSON in its metadata. No pickle; whole or not there.
 
 Lightning and nnU-Net write onto the target itself, and a kill at that moment loses both old and new (HAZARDS 3).
 """
@@ -7,29 +7,36 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as to_bytes
 from torch import Tensor
+
+from medvit.training.disk import write_whole
 
 State = dict[str, Any]
 
 
-def save(path: Path, tensors: dict[str, Tensor], about: State) -> None:
-    """Write tensors and a JSON-able record, atomically: temporary file, flush to disk, rename."""
+def save(path: Path, tensors: dict[str, Tensor], about: State, keep_as: Path | None = None) -> None:
+    """Write tensors and a JSON-able record at once, with a checksum.
+
+    Args:
+        path: file; its folder is made when needed.
+        tensors: by name; may share memory.
+        about: the rest.
+        keep_as: what the file that was there is called from now on; None: it is gone.
+
+    Raises:
+        DiskFullError: no room; what was there is as it was.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
     # clones: safetensors refuses tensors that share memory
     copies = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
     record = json.dumps(about)
-    save_file(copies, part, {"about": record, "sha256": _digest(copies, record)})
-    with part.open("rb+") as stream:
-        os.fsync(stream.fileno())
-    part.replace(path)
+    write_whole(path, to_bytes(copies, {"about": record, "sha256": _digest(copies, record)}), keep_as)
 
 
 def load(path: Path) -> tuple[dict[str, Tensor], State] | None:
@@ -54,6 +61,17 @@ def _digest(tensors: dict[str, Tensor], record: str) -> str:
     return digest.hexdigest()
 
 
+def prefixed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same under longer names, so that a checkpoint holds several sets."""
+    return {f"{prefix}.{name}": value for name, value in tensors.items()}
+
+
+def under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """One of the sets that `prefixed` put together."""
+    start = f"{prefix}."
+    return {name.removeprefix(start): value for name, value in tensors.items() if name.startswith(start)}
+
+
 def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], State]:
     """The optimizer's tensors, and its groups as JSON."""
     state = optimizer.state_dict()
@@ -68,8 +86,7 @@ def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor],
 def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], about: State) -> None:
     """Put back what `pack_optimizer` took."""
     state: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        if key.startswith("optimizer."):
-            _, index, name = key.split(".", 2)
-            state.setdefault(int(index), {})[name] = value
+    for key, value in under("optimizer", tensors).items():
+        index, name = key.split(".", 1)
+        state.setdefault(int(index), {})[name] = value
     optimizer.load_state_dict({"state": state, "param_groups": about["param_groups"]})

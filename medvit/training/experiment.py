@@ -1,39 +1,41 @@
 """A whole experiment: folds, a model for each, predictions on cases it never saw, and one bundle to deploy.
 
 With folds the bundle is a refit on all labelled cases for the median best epoch, and its operating point comes from the
-out-of-fold predictions. How models are judged is given as functions: training does not know evaluation.
+out-of-fold predictions. With target cases, what adaptation did is told apart from the result: AUROC at the sources, at
+the target, and what choosing the epoch by target labels would have given. How models are judged is given as functions:
+training does not know evaluation.
 """
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from medvit import __version__
-from medvit.config import Config
-from medvit.data.cache import FeatureCache, SliceCache
+from medvit.config import Config, Stage
+from medvit.data.cache import SliceCache
 from medvit.data.dataset import CaseDataset, collate
-from medvit.data.pipelines import Slices, training_transform, window_statistics
+from medvit.data.pipelines import window_statistics
 from medvit.data.splits import Fold, Indices
 from medvit.inference import Encoder, Model, with_operating_point
-from medvit.models.backbone import WeightReport, normalisation
+from medvit.models.backbone import normalisation
 from medvit.models.bundle import BundleInfo, TrainingRange, save_bundle
 from medvit.models.classifier import CtClassifier, build_classifier
-from medvit.objectives import OBJECTIVES
-from medvit.objectives.supervised import Objective
-from medvit.records import Case, Prediction
-from medvit.training.loop import History, Metrics, Run, fit, write_metrics
-
-Floats = npt.NDArray[np.float64]
+from medvit.models.weights import WeightReport
+from medvit.objectives import OBJECTIVES, Objective, Task
+from medvit.records import Case, Prediction, UsageError
+from medvit.training import adaptation, processes
+from medvit.training.journal import write_metrics
+from medvit.training.loop import Run, fit
+from medvit.training.material import Floats, Labels, Material, Reporter
+from medvit.training.state import History, Metrics
 
 
 @dataclass(frozen=True)
@@ -45,17 +47,8 @@ class Judge:
         operating_point: -> threshold on the last class; only called for two classes.
     """
 
-    score: Callable[[npt.NDArray[np.int64], Floats], float]
-    operating_point: Callable[[npt.NDArray[np.int64], Floats], float]
-
-
-@dataclass(frozen=True)
-class Reporter:
-    """How progress is shown; the defaults show nothing."""
-
-    start: Callable[[str, int], None] = lambda _what, _total: None
-    step: Callable[[str], None] = lambda _: None
-    epoch: Callable[[dict[str, Any]], None] = lambda _: None
+    score: Callable[[Labels, Floats], float]
+    operating_point: Callable[[Labels, Floats], float]
 
 
 @dataclass(frozen=True)
@@ -80,7 +73,7 @@ class Experiment:
 
     Attributes:
         config: the run's.
-        cases: labelled.
+        cases: labelled, and unlabelled ones of target sites.
         classes: names in order.
         slices: cache of prepared slices.
         folder: RUN.
@@ -98,13 +91,10 @@ class Experiment:
     reporter: Reporter = field(default_factory=Reporter)
     resume: bool = False
     weights: WeightReport = field(default_factory=lambda: WeightReport("none"), init=False)
-    features: FeatureCache | None = field(default=None, init=False)
+    told: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
-        self.labels = np.array([self.classes.index(str(case.label)) for case in self.cases], np.int64)
-        head_only = all(stage.trainable == "head" for stage in self.config.training.stages)
-        # a frozen trunk without random input gives the same features every epoch: computed once (DESIGN decision 9)
-        self.frozen = head_only and self.config.data.augment is None
+        self.material = Material(self.config, self.cases, self.classes, self.slices, self.reporter)
 
     def run(self, folds: Sequence[Fold]) -> Result:
         """Train, predict held-out cases, write the bundle."""
@@ -117,57 +107,82 @@ class Experiment:
         if len(folds) == 1:
             model = done[0][2]
             info = model.info
+            if len(folds[0].target):
+                found = adaptation.measure(
+                    self.material, model, folds[0], predictions, histories[0], score=self.judge.score
+                )
+                adaptation.write(found, self.folder / "adaptation.json")
         else:
             epochs = max(1, round(statistics.median(history.best_epoch for history in histories)))
             model = self.refit(epochs)
             info = model.info.model_copy(update={"threshold": self._threshold(predictions)})
-        save_bundle(self.folder / "bundle", model.encoder.classifier, info)
+        if processes.first():
+            save_bundle(self.folder / "bundle", model.encoder.classifier, info)
+        processes.wait()
         return Result(tuple(predictions), self.folder / "bundle", histories)
 
     def run_fold(self, fold: Fold, number: int) -> tuple[list[Prediction], History, Model]:
         """Train one fold: epoch and threshold are chosen on its validation cases, its test cases are predicted once."""
-        folder = self.folder / "checkpoints" / f"fold{number}"
-        model = self._model(fold.train)
-        objective = self._objective(model.encoder.classifier, fold.train)
-        dataset = self._dataset(model.encoder, fold.train)
         name = f"fold {number + 1}" if self.config.data.folds else "training"
+        model, history = self.fit_fold(fold, self.folder / "checkpoints" / f"fold{number}", name)
+        validation = self.material.predict(model, fold.val)
+        model = replace(model, info=model.info.model_copy(update={"threshold": self._threshold(validation)}))
+        held_out = with_operating_point(self.material.predict(model, fold.test), model.info.threshold)
+        return [replace(prediction, fold=number) for prediction in held_out], history, model
+
+    def fit_fold(self, fold: Fold, folder: Path, name: str) -> tuple[Model, History]:
+        """Train on one fold without a look at its test cases.
+
+        Raises:
+            UsageError: the objective adapts, and the fold has nothing to adapt to.
+        """
+        if self.config.objective.adapts and not len(fold.target):
+            raise UsageError(
+                f"objective.name {self.config.objective.name!r} adapts to unlabelled cases: name data.target_sites."
+            )
+        if self.config.training.select == "target" and not len(fold.target):
+            raise UsageError("training.select: target looks at unlabelled cases: name data.target_sites.")
+        model = self._model(fold.train)
+        objective, dataset = self._learning(model, fold.train, fold.target)
+        if not self.told:
+            self.told = True
+            for line in stages_of(model.encoder.classifier, self.config.training.stages):
+                self.reporter.say(line)
         self._start(name, dataset, sum(stage.epochs for stage in self.config.training.stages))
         run = self._run_settings(folder)
-        history = fit(objective, dataset, self.config.training, lambda: self._validate(model, fold.val), run)
-        validation = self._predict(model, fold.val)
-        model = replace(model, info=model.info.model_copy(update={"threshold": self._threshold(validation)}))
-        held_out = with_operating_point(self._predict(model, fold.test), model.info.threshold)
-        return [replace(prediction, fold=number) for prediction in held_out], history, model
+        return model, fit(objective, dataset, self.config.training, lambda: self._validate(model, fold), run)
 
     def refit(self, epochs: int) -> Model:
         """Train on all cases for a given number of epochs, without validation."""
         everyone = np.arange(len(self.cases))
         model = self._model(everyone)
-        objective = self._objective(model.encoder.classifier, everyone)
-        dataset = self._dataset(model.encoder, everyone)
+        objective, dataset = self._learning(model, everyone, everyone[:0])
         self._start("refit on all cases", dataset, epochs)
         run = replace(self._run_settings(self.folder / "checkpoints" / "refit"), stop_after=epochs)
         fit(objective, dataset, self.config.training, dict, run)
         return model
 
     def _write_metrics(self, histories: Sequence[History]) -> None:
-        rows = ({"fold": number, **row} for number, history in enumerate(histories) for row in history.rows)
-        write_metrics(self.folder / "metrics.jsonl", rows)
+        if processes.first():
+            rows = ({"fold": number, **row} for number, history in enumerate(histories) for row in history.rows)
+            write_metrics(self.folder / "metrics.jsonl", rows)
 
     def time_step(self, train: Indices) -> Timing:
         """Time one training step on the first batch of the given cases, after one to warm up."""
         few = replace(self, cases=[self.cases[index] for index in train[: self.config.training.batch_size]])
         everyone = np.arange(len(few.cases))
         model = few._model(everyone)
-        objective = self._objective(model.encoder.classifier, train)
-        objective.classifier.freeze_backbone(self.config.training.stages[-1].trainable == "head")
+        objective = self._objective(model.encoder.classifier, train, train[:0])
+        last = self.config.training.stages[-1]
+        objective.classifier.set_trainable(last.trainable, last.blocks)
         began = time.perf_counter()
-        dataset = few._dataset(model.encoder, everyone)
+        dataset = few.material.dataset(model.encoder, everyone, everyone[:0])
         prepare = (time.perf_counter() - began) / len(everyone)
         took = 0.0
         for _ in range(2):
             began = time.perf_counter()
-            objective(collate([dataset[index] for index in range(len(dataset))]), 0.0)["loss"].backward()
+            batch = collate([dataset[index] for index in range(len(dataset))])
+            objective({**batch, "totals": objective.totals(batch)}, 0.0)["loss"].backward()
             took = time.perf_counter() - began
         return Timing(prepare, took)
 
@@ -176,12 +191,14 @@ class Experiment:
             folder=folder,
             resume=self.resume,
             workers=self.config.data.workers,
+            balanced=self.config.data.sampling == "balanced",
             on_step=self.reporter.step,
             on_epoch=self.reporter.epoch,
         )
 
     def _start(self, name: str, dataset: CaseDataset, epochs: int) -> None:
-        batches = -(-len(dataset) // self.config.training.batch_size)
+        labelled = int((dataset.labels >= 0).sum())
+        batches = -(-labelled // (self.config.training.batch_size * processes.count()))
         self.reporter.start(name, batches * epochs)
 
     def _model(self, train: Indices) -> Model:
@@ -224,82 +241,52 @@ class Experiment:
             "pretrained_sha256": self.weights.sha256,
         }
 
-    def _objective(self, classifier: CtClassifier, train: Indices) -> Objective:
-        counts = np.bincount(self.labels[train], minlength=len(self.classes))
-        return OBJECTIVES[self.config.objective.name](classifier, self.config.objective, counts.tolist())
+    def _learning(self, model: Model, train: Indices, target: Indices) -> tuple[Objective, CaseDataset]:
+        if not self.config.objective.adapts:  # the same split without adaptation: the baseline
+            target = target[:0]
+        dataset = self.material.dataset(model.encoder, train, target)
+        return self._objective(model.encoder.classifier, train, target), dataset
 
-    def _dataset(self, encoder: Encoder, chosen: Indices) -> CaseDataset:
-        prep, seed = self.config.preprocessing, self.config.training.seed
-        cases = [self.cases[index] for index in chosen]
-        if self.frozen:
-            features = self._features(encoder)
-            return CaseDataset(
-                cases, features, self.labels[chosen], slices=prep.train_slices, transform=None, seed=seed
-            )
-        transform = training_transform(prep, self.config.data.augment, encoder.mean, encoder.std)
-        return CaseDataset(
-            cases, self.slices.load, self.labels[chosen], slices=prep.train_slices, transform=transform, seed=seed
-        )
+    def _objective(self, classifier: CtClassifier, train: Indices, target: Indices) -> Objective:
+        counts = np.bincount(self.material.labels[train], minlength=len(self.classes))
+        domains = len({self.cases[index].site for index in (*train, *target)})
+        task = Task(tuple(counts.tolist()), domains)
+        return OBJECTIVES[self.config.objective.name](classifier, self.config.objective, task)
 
-    def _features(self, encoder: Encoder) -> Callable[[Case], npt.NDArray[np.float32]]:
-        """Features of every slice of a case, from the cache, computed where missing."""
-        prep = self.config.preprocessing
-        model = self.config.model.model_dump(mode="json")
-        settings = json.dumps([prep.model_dump(mode="json"), encoder.mean, encoder.std, model])
-        backbone = f"{settings} {self.weights.sha256} {self.config.training.seed}"
-        if self.features is None or self.features.backbone_hash != backbone:  # each fold may normalise by its own split
-            self.features = FeatureCache(self.slices, backbone)
-            self._encode([case for case in self.cases if self.features.find(case) is None], encoder, self.features)
-        return self.features.load  # a method, which loader processes can be sent
-
-    def _encode(self, missing: Sequence[Case], encoder: Encoder, cache: FeatureCache) -> None:
-        """Compute features, many small cases at once, and keep them in the cache."""
-        if missing:
-            self.reporter.start("features of the frozen backbone", len(missing))
-        pending: list[tuple[Case, Slices]] = []
-        for number, case in enumerate(missing, 1):
-            pending.append((case, self.slices.load(case)))
-            if sum(len(slices) for _, slices in pending) < encoder.batch_slices and number < len(missing):
-                continue
-            encoded = encoder.encode(np.concatenate([slices for _, slices in pending]))
-            ends = np.cumsum([len(slices) for _, slices in pending])[:-1]
-            for (done, _), features in zip(pending, np.split(encoded, ends), strict=True):
-                cache.save(done, features)
-                self.reporter.step("")
-            pending = []
-
-    def _predict(self, model: Model, chosen: Indices) -> list[Prediction]:
-        """Predictions of the chosen cases, the numbers of `Model.predict`; features from the cache where frozen."""
-        if not self.frozen:
-            return [model.predict_slices(self.slices.load(self.cases[i]), self.cases[i]) for i in chosen]
-        features = self._features(model.encoder)
-        cases = [self.cases[index] for index in chosen]
-        looked_at = [model.encoder.choose(len(features(case))) for case in cases]
-        outputs = model.encoder.studies([features(case)[at] for case, at in zip(cases, looked_at, strict=True)])
-        return [
-            model.prediction(case, logits, at, weights)
-            for case, at, (logits, weights) in zip(cases, looked_at, outputs, strict=True)
-        ]
-
-    def _validate(self, model: Model, chosen: Indices) -> Metrics:
-        labels, probabilities = self._table(self._predict(model, chosen))
+    def _validate(self, model: Model, fold: Fold) -> Metrics:
+        """How good the model is now: validation decides; the oracle, from target labels, is only written down."""
+        labels, probabilities = self.material.table(self.material.predict(model, fold.val))
         right = probabilities[np.arange(len(labels)), labels]
-        return {
+        found = {
             "auroc": self.judge.score(labels, probabilities),
             "loss": float(-np.log(np.clip(right, 1e-7, 1)).mean()),
         }
+        if self.config.training.select == "target" and len(fold.target):
+            _, blind = self.material.table(self.material.predict(model, fold.target))
+            found["target_information"] = adaptation.information(blind)
+        judged = adaptation.judged_at_target(self.material, fold)
+        if judged.any():
+            oracle = self.material.table(self.material.predict(model, fold.test[judged]))
+            found["oracle_auroc"] = self.judge.score(*oracle)
+        return found
 
     def _threshold(self, predictions: Sequence[Prediction]) -> float | None:
         if len(self.classes) != 2:
             return None
-        labels, probabilities = self._table(predictions)
+        labels, probabilities = self.material.table(predictions)
         return self.judge.operating_point(labels, probabilities)
 
-    def _table(self, predictions: Sequence[Prediction]) -> tuple[npt.NDArray[np.int64], Floats]:
-        labels = np.array([self.classes.index(str(prediction.label)) for prediction in predictions], np.int64)
-        return labels, np.array(
-            [[prediction.probabilities[name] for name in self.classes] for prediction in predictions]
-        )
+
+def stages_of(classifier: CtClassifier, stages: Sequence[Stage]) -> list[str]:
+    """A line for each stage: how long, and how many parameters learn."""
+    lines = []
+    for stage in stages:
+        classifier.set_trainable(stage.trainable, stage.blocks)
+        trainable, everything = classifier.parameter_counts()
+        size = f" at {stage.size} px" if stage.size else ""
+        what = f"{trainable:,} of {everything:,} parameters learn"
+        lines.append(f"stage {stage.name}: {stage.epochs} epochs{size}, {what}")
+    return lines
 
 
 def training_range(cases: Sequence[Case]) -> TrainingRange:

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from medvit.training import checkpoint
 
@@ -70,7 +71,7 @@ def test_killed_write_leaves_the_old_checkpoint(path, monkeypatch):
     def killed(_descriptor: int) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint.os, "fsync", killed)
+    monkeypatch.setattr("os.fsync", killed)
     with pytest.raises(KeyboardInterrupt):
         checkpoint.save(path, {"a": torch.zeros(3)}, {"epoch": 2})
     assert checkpoint.load(path)[1] == {"epoch": 1}
@@ -91,5 +92,5 @@ def test_damaged_checkpoint_is_none(damage, path):
 
 def test_file_of_another_program_is_none(path):
     path.parent.mkdir()
-    checkpoint.save_file({"a": torch.ones(3)}, path)
+    save_file({"a": torch.ones(3)}, path)
     assert checkpoint.load(path) is None

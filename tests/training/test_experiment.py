@@ -178,14 +178,14 @@ def test_metrics_of_all_folds_are_in_one_table(done):
 
 def test_same_seed_gives_the_same_predictions(done, root, tmp_path):
     experiment, result, _ = done
-    mode = "frozen" if experiment.frozen else "all"
+    mode = "frozen" if experiment.material.frozen else "all"
     again = make(root, tmp_path, mode=mode, recorder=Recorder((0.1, 0.9, 0.8, 0.2))).run(FOLDS)
     assert [p.probabilities for p in again.predictions] == [p.probabilities for p in result.predictions]
 
 
 def test_resumed_experiment_predicts_the_same(done, root):
     experiment, result, _ = done
-    mode = "frozen" if experiment.frozen else "all"
+    mode = "frozen" if experiment.material.frozen else "all"
     again = make(root, experiment.folder, mode=mode)
     again.resume = True
     assert [p.probabilities for p in again.run(FOLDS).predictions] == [p.probabilities for p in result.predictions]
@@ -206,7 +206,7 @@ def test_frozen_trunk_is_computed_once_and_predicts_what_the_uncached_path_does(
 def test_what_loads_cases_can_be_sent_to_loader_processes(mode, root, tmp_path):
     experiment = make(root, tmp_path, mode=mode)
     model = experiment._model(FOLDS[0].train)
-    dataset = experiment._dataset(model.encoder, FOLDS[0].train)
+    dataset = experiment.material.dataset(model.encoder, FOLDS[0].train, FOLDS[0].target)
     sent = pickle.loads(pickle.dumps(dataset))
     for index in range(len(dataset)):
         assert (sent[index]["input"] == dataset[index]["input"]).all()
@@ -241,7 +241,7 @@ def test_labels_of_the_test_fold_do_not_reach_the_weights(mode, root, tmp_path):
 
 def test_class_weights_come_from_the_training_cases_alone(root, tmp_path):
     make(root, tmp_path).run_fold(FOLDS[0], 0)  # trained on labels 0, 1, 0; balanced over all cases
-    assert fold_weights(tmp_path, 0)["weights"].tolist() == pytest.approx([3 / 4, 3 / 2])
+    assert fold_weights(tmp_path, 0)["learning.weights"].tolist() == pytest.approx([3 / 4, 3 / 2])
 
 
 def test_training_learns_what_tells_the_classes_apart(root, tmp_path):

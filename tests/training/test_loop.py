@@ -1,8 +1,6 @@
 import json
 import math
-from collections.abc import Callable, Iterator
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,66 +9,24 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor, nn
 
 from medvit.config import Stage, TrainingConfig
-from medvit.data.dataset import collate, epoch_order
-from medvit.records import Case, MedvitError
+from medvit.data.dataset import collate
+from medvit.data.sampling import epoch_batches
+from medvit.records import Case
 from medvit.training import loop
-from medvit.training.checkpoint import load
-from medvit.training.loop import Run, fit, parameter_groups, warmup_cosine
+from medvit.training.loop import Run, fit
+from medvit.training.optimizer import course, parameter_groups
 from medvit.training.waiting import WaitingClock
-
-BACKBONE = "classifier.backbone."
-HEAD_THEN_ALL = (Stage(name="head", trainable="head", epochs=2, lr=1e-2), Stage(name="all", epochs=2, lr=1e-2))
-
-Weights = dict[str, Tensor]
-
-
-def training(**settings: Any) -> TrainingConfig:
-    return TrainingConfig(
-        **{"stages": (Stage(epochs=1, lr=1e-2),), "batch_size": 2, "device": "cpu", "threads": 1, **settings}
-    )
-
-
-def scripted(*rows: tuple[float, float]) -> Callable[[], dict[str, float]]:
-    """Validation that says (auroc, loss) of each epoch in turn."""
-    script: Iterator[tuple[float, float]] = iter(rows)
-
-    def validate() -> dict[str, float]:
-        auroc, loss = next(script)
-        return {"auroc": auroc, "loss": loss}
-
-    return validate
-
-
-def rising() -> Callable[[], dict[str, float]]:
-    """The last epoch is always best."""
-    return scripted(*((0.1 + k / 100, 1.0) for k in range(50)))
-
-
-def weights(module: nn.Module) -> Weights:
-    return {name: value.clone() for name, value in module.state_dict().items()}
-
-
-def same(first: Weights, second: Weights) -> bool:
-    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
-
-
-def first_moments(folder: Path) -> Weights:
-    """What AdamW has averaged of the gradients; after one step a tenth of the gradient itself."""
-    tensors, _ = load(folder / "last.safetensors")
-    return {name: value for name, value in tensors.items() if name.endswith("exp_avg")}
-
-
-class Interrupted(Exception):  # noqa: N818  no error
-    pass
-
-
-def interrupt_after(epoch: int) -> Callable[[dict[str, Any]], None]:
-    def stop(row: dict[str, Any]) -> None:
-        if row["epoch"] == epoch:
-            raise Interrupted
-
-    return stop
-
+from tests.training.fits import (
+    BACKBONE,
+    HEAD_THEN_ALL,
+    Weights,
+    first_moments,
+    rising,
+    same,
+    scripted,
+    training,
+    weights,
+)
 
 # gradients
 
@@ -88,22 +44,22 @@ def test_accumulated_gradient_is_that_of_the_large_batch(
 
 
 def reference_loop(objective, dataset, config: TrainingConfig) -> tuple[Weights, list[Tensor]]:
-    """One stage by plain torch: groups of batches, each averaged over what it has, clipped once, one step."""
+    """One stage by plain torch: groups of batches, each divided by all its cases, clipped once, one step."""
     (stage,) = config.stages
     optimizer = torch.optim.AdamW(parameter_groups(objective, stage))
     steps = math.ceil(math.ceil(len(dataset) / config.batch_size) / config.accumulate)
-    factor = warmup_cosine(stage, steps * stage.epochs)
+    factor = course(stage, steps * stage.epochs)
     peaks = [group["lr"] for group in optimizer.param_groups]
     taken = 0
     for epoch in range(stage.epochs):
         dataset.epoch = epoch
-        order = epoch_order(len(dataset), config.seed, epoch)
-        batches = [order[i : i + config.batch_size] for i in range(0, len(order), config.batch_size)]
+        batches = epoch_batches(dataset.labels, epoch, batch_size=config.batch_size, seed=config.seed)
         for start in range(0, len(batches), config.accumulate):
             group = batches[start : start + config.accumulate]
             optimizer.zero_grad()
+            totals = torch.tensor([float(sum(map(len, group)))])  # cases, as no class counts more than another
             for batch in group:
-                (objective(collate([dataset[i] for i in batch]), 0.0)["loss"] / len(group)).backward()
+                objective({**collate([dataset[i] for i in batch]), "totals": totals}, 0.0)["loss"].backward()
             nn.utils.clip_grad_norm_(objective.parameters(), config.clip_norm)
             for settings, peak in zip(optimizer.param_groups, peaks, strict=True):
                 settings["lr"] = peak * factor(taken)
@@ -184,70 +140,7 @@ def test_objective_is_told_of_each_step_and_of_progress(make_objective, make_dat
     assert calls == [0, 0.167, "step", 0.333, "step", 0.5, 0.667, "step", 0.833, "step"]
 
 
-# which epoch is kept
-
-
-def fit_watching(objective, dataset, config, validate, folder) -> tuple[list[Weights], Any]:
-    seen: list[Weights] = []
-    history = fit(
-        objective, dataset, config, validate, Run(folder=folder, on_epoch=lambda _: seen.append(weights(objective)))
-    )
-    return seen, history
-
-
-@pytest.mark.parametrize(
-    ("script", "best"),
-    [
-        ([(0.6, 0.5), (0.9, 0.6), (0.7, 0.1)], 2),
-        ([(0.8, 0.5), (0.8, 0.4), (0.8, 0.45)], 2),
-        ([(0.8, 0.4), (0.8, 0.4), (0.8, 0.4)], 1),
-        ([(math.nan, 0.4), (math.nan, 0.3), (math.nan, 0.5)], 2),
-        ([(math.nan, 0.1), (0.2, 0.9), (math.nan, 0.1)], 2),
-    ],
-    ids=["auroc", "tie by loss", "full tie: the first", "no auroc: by loss", "any auroc beats none"],
-)
-def test_best_epoch_is_reloaded(script, best, make_objective, make_dataset, tmp_path):
-    objective = make_objective()
-    config = training(stages=(Stage(epochs=3, lr=1e-2),))
-    seen, history = fit_watching(objective, make_dataset(), config, scripted(*script), tmp_path)
-    assert history.best_epoch == best
-    assert same(weights(objective), seen[best - 1])
-    assert not same(seen[0], seen[1])
-
-
-def test_best_epoch_is_reloaded_where_only_the_head_was_trained(make_objective, make_dataset, tmp_path):
-    objective = make_objective()
-    config = training(stages=(Stage(epochs=3, lr=1e-2, trainable="head"),))
-    script = scripted((0.6, 1), (0.9, 1), (0.7, 1))
-    seen, _ = fit_watching(objective, make_dataset(), config, script, tmp_path)
-    assert same(weights(objective), seen[1])
-
-
-def test_last_epoch_is_kept_where_asked(make_objective, make_dataset, tmp_path):
-    objective = make_objective()
-    config = training(select="last", stages=(Stage(epochs=3, lr=1e-2),))
-    script = scripted((0.6, 1), (0.9, 1), (0.7, 1))
-    seen, history = fit_watching(objective, make_dataset(), config, script, tmp_path)
-    assert history.best_epoch == 3
-    assert same(weights(objective), seen[2])
-
-
-def test_refit_stops_after_the_given_epochs_without_validation(make_objective, make_dataset, tmp_path):
-    def never() -> dict[str, float]:
-        raise AssertionError("validated")
-
-    objective = make_objective()
-    history = fit(objective, make_dataset(), training(stages=HEAD_THEN_ALL), never, Run(folder=tmp_path, stop_after=3))
-    assert [row["stage"] for row in history.rows] == ["head", "head", "all"]
-    assert math.isfinite(history.rows[-1]["loss"])
-
-
-def test_refit_takes_the_steps_of_the_full_training(make_objective, make_dataset, tmp_path):
-    whole, refit = make_objective(), make_objective()
-    config = training(stages=(Stage(epochs=3, lr=1e-2),))
-    seen, _ = fit_watching(whole, make_dataset(), config, rising(), tmp_path / "whole")
-    fit(refit, make_dataset(), config, dict, Run(folder=tmp_path / "refit", stop_after=2))
-    assert same(weights(refit), seen[1])
+# what is reported
 
 
 def test_metrics_are_one_json_row_per_epoch(make_objective, make_dataset, tmp_path):
@@ -312,128 +205,3 @@ def test_share_of_waiting_is_logged_and_told_where_it_is_large(
 def test_board_has_the_metrics(make_objective, make_dataset, tmp_path):
     fit(make_objective(), make_dataset(), training(), rising(), Run(folder=tmp_path))
     assert list((tmp_path / "tensorboard").glob("events.*"))
-
-
-# what can go wrong
-
-
-def break_loss(objective, epoch: int, value: Callable[[Tensor], Tensor]) -> None:
-    """From the given epoch (from 1) of two, the loss goes through `value`."""
-
-    def hook(_module: nn.Module, arguments: tuple[Any, float], result: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {"loss": value(result["loss"])} if arguments[1] * 2 >= epoch - 1 else result
-
-    objective.register_forward_hook(hook)
-
-
-@pytest.mark.parametrize(
-    "value",
-    [lambda loss: loss * math.nan, lambda loss: loss * math.inf, lambda loss: loss + torch.sqrt(loss - loss)],
-    ids=["loss not a number", "loss infinite", "gradient not a number"],
-)
-def test_training_that_diverged_stops_and_says_what_to_do(value, make_objective, make_dataset, tmp_path):
-    objective = make_objective()
-    break_loss(objective, 2, value)
-    with pytest.raises(MedvitError, match=r"epoch 2.*Lower the learning rate \(training.stages.0.lr\)"):
-        fit(objective, make_dataset(), training(stages=(Stage(epochs=2),)), rising(), Run(folder=tmp_path))
-
-
-def test_weights_of_the_last_whole_epoch_survive_divergence(make_objective, make_dataset, tmp_path):
-    objective = make_objective()
-    break_loss(objective, 2, lambda loss: loss + torch.sqrt(loss - loss))
-    seen: list[Weights] = []
-    run = Run(folder=tmp_path, on_epoch=lambda _: seen.append(weights(objective)))
-    with pytest.raises(MedvitError):
-        fit(objective, make_dataset(), training(stages=(Stage(epochs=2),)), rising(), run)
-    tensors, about = load(tmp_path / "last.safetensors")
-    assert about["rows"][-1]["epoch"] == 1
-    assert same({k[len("objective.") :]: v for k, v in tensors.items() if k.startswith("objective.")}, seen[0])
-
-
-# resume
-
-
-@pytest.mark.parametrize("epoch", [1, 2, 3, 4])
-@pytest.mark.parametrize("select", ["best", "last"])
-def test_interrupted_fit_goes_on_bit_for_bit(epoch, select, make_objective, make_dataset, tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "WaitingClock", lambda: WaitingClock(lambda: 0.0))  # time is no part of the result
-    config = training(stages=HEAD_THEN_ALL, select=select)  # epoch 2 ends a stage
-    script = [(0.5, 1.0), (0.6, 1.0), (0.9, 1.0), (0.7, 1.0)]
-    whole = make_objective(random=True)
-    expected = fit(whole, make_dataset(), config, scripted(*script), Run(folder=tmp_path / "whole"))
-
-    stop = Run(folder=tmp_path / "cut", on_epoch=interrupt_after(epoch))
-    with pytest.raises(Interrupted):
-        fit(make_objective(random=True), make_dataset(), config, scripted(*script), stop)
-    resumed = make_objective(random=True)
-    go_on = Run(folder=tmp_path / "cut", resume=True)
-    history = fit(resumed, make_dataset(), config, scripted(*script[epoch:]), go_on)
-    assert same(weights(resumed), weights(whole))
-    assert history == expected
-
-
-def test_finished_fit_is_not_trained_again(make_objective, make_dataset, tmp_path):
-    first, second = make_objective(), make_objective()
-    config = training(stages=(Stage(epochs=2, lr=1e-2),))
-    fit(first, make_dataset(), config, scripted((0.9, 1), (0.5, 1)), Run(folder=tmp_path))
-    fit(second, make_dataset(), config, scripted(), Run(folder=tmp_path, resume=True))
-    assert same(weights(first), weights(second))
-
-
-def test_resume_without_a_checkpoint_starts(make_objective, make_dataset, tmp_path):
-    history = fit(make_objective(), make_dataset(), training(), rising(), Run(folder=tmp_path, resume=True))
-    assert len(history.rows) == 1
-
-
-def test_fit_without_resume_starts_afresh(make_objective, make_dataset, tmp_path):
-    config = training(stages=(Stage(epochs=2, lr=1e-2),))
-    for _ in range(2):
-        objective = make_objective()
-        history = fit(objective, make_dataset(), config, scripted((0.9, 1), (0.5, 1)), Run(folder=tmp_path))
-    assert len(history.rows) == 2
-
-
-def test_interrupted_new_fit_does_not_resume_the_old_one(make_objective, make_dataset, tmp_path):
-    fit(make_objective(), make_dataset(), training(), rising(), Run(folder=tmp_path))
-
-    def stop(_text: str) -> None:
-        raise Interrupted
-
-    with pytest.raises(Interrupted):
-        fit(make_objective(), make_dataset(), training(), rising(), Run(folder=tmp_path, on_step=stop))
-    rows: list[dict[str, Any]] = []
-    again = Run(folder=tmp_path, resume=True, on_epoch=rows.append)
-    fit(make_objective(), make_dataset(), training(), rising(), again)
-    assert len(rows) == 1
-
-
-@pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b[:-1] + bytes([b[-1] ^ 1])])
-def test_damaged_checkpoint_starts_again_and_says_so(damage, make_objective, make_dataset, tmp_path, caplog):
-    config = training(stages=(Stage(epochs=2, lr=1e-2),))
-    whole = make_objective()
-    fit(whole, make_dataset(), config, rising(), Run(folder=tmp_path))
-    path = tmp_path / "last.safetensors"
-    path.write_bytes(damage(path.read_bytes()))
-    objective = make_objective()
-    history = fit(objective, make_dataset(), config, rising(), Run(folder=tmp_path, resume=True))
-    assert "damaged" in caplog.text
-    assert len(history.rows) == 2
-    assert same(weights(objective), weights(whole))
-
-
-def test_checkpoint_of_another_model_is_refused(make_objective, make_dataset, tmp_path):
-    fit(make_objective(), make_dataset(), training(), rising(), Run(folder=tmp_path))
-    with pytest.raises(MedvitError, match="another configuration"):
-        fit(make_objective(random=True), make_dataset(), training(), rising(), Run(folder=tmp_path, resume=True))
-
-
-def test_checkpoint_of_another_head_is_refused(make_objective, make_dataset, tmp_path):
-    fit(make_objective(), make_dataset(), training(), rising(), Run(folder=tmp_path))
-    other = make_objective(counts=(1, 1, 1))
-    with pytest.raises(MedvitError, match="another configuration"):
-        fit(other, make_dataset(), training(), rising(), Run(folder=tmp_path, resume=True))
-
-
-def test_no_part_files_are_left(make_objective, make_dataset, tmp_path):
-    fit(make_objective(), make_dataset(), training(), rising(), Run(folder=tmp_path))
-    assert not list(tmp_path.rglob("*.part"))

@@ -1,0 +1,116 @@
+"""Files of a run: the old or the new content at every instant, and a full disk told in words.
+
+A kill, a crash or a full disk while writing costs what was to be written, never what was there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from io import FileIO
+from pathlib import Path
+
+from medvit.records import UsageError
+
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+class DiskFullError(UsageError):
+    """No room for a file of the run."""
+
+
+def write_whole(path: Path, content: bytes, keep_as: Path | None = None) -> None:
+    """Give a file new content: a temporary file beside it, flushed to the disk, takes its name.
+
+    Args:
+        path: the file; its folder exists.
+        content: all of it.
+        keep_as: what the file that was there is called from now on; None: it is gone.
+
+    Raises:
+        DiskFullError: no room; what was there is as it was.
+    """
+    part = path.with_name(path.name + ".part")
+    with _explained(path, len(content)):
+        try:
+            with part.open("wb", buffering=0) as stream:  # unbuffered: nothing is left to be written on closing
+                _write_all(stream, content)
+                os.fsync(stream.fileno())
+            if keep_as is not None and path.exists():
+                path.replace(keep_as)
+            part.replace(path)
+            _sync(path.parent)
+        finally:
+            part.unlink(missing_ok=True)
+
+
+def append(path: Path, content: bytes) -> None:
+    """Add to the end of a file, made when needed.
+
+    Raises:
+        DiskFullError: no room; some of the content may be there.
+    """
+    with _explained(path, len(content)), path.open("ab", buffering=0) as stream:
+        _write_all(stream, content)
+
+
+@contextlib.contextmanager
+def _explained(path: Path, needed: int) -> Iterator[None]:
+    """Turn what the system says of a failed write into what a person can act on.
+
+    Args:
+        path: what is written.
+        needed: its size, bytes.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise DiskFullError(
+            f"the disk is full: {path.name} needs {_megabytes(needed)} and its disk has "
+            f"{_megabytes(_free(path.parent))} free, or a quota or a limit on file sizes is reached. What was there "
+            "before is whole: make room and go on with --resume."
+        ) from None
+
+
+def require_room(folder: Path, needed: int) -> None:
+    """Refuse to begin what will not fit.
+
+    Args:
+        folder: on the disk in question.
+        needed: bytes.
+
+    Raises:
+        DiskFullError: less is free.
+    """
+    if (free := _free(folder)) < needed:
+        raise DiskFullError(
+            f"{folder}: two checkpoints need {_megabytes(needed)} and its disk has {_megabytes(free)} free. Free space "
+            "or give another --output."
+        )
+
+
+def _write_all(stream: FileIO, content: bytes) -> None:
+    rest = memoryview(content)  # a write takes what there is room for, and only the next one fails
+    while rest:
+        rest = rest[stream.write(rest) :]
+
+
+def _free(folder: Path) -> int:
+    return shutil.disk_usage(folder).free
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:.1f} MB"
+
+
+def _sync(folder: Path) -> None:
+    """Put new names on the disk; where folders cannot be flushed, a power cut may cost the newest file."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    with contextlib.suppress(OSError):
+        os.fsync(descriptor)
+    os.close(descriptor)

@@ -1,0 +1,69 @@
+"""Which batches a fit takes, and this process's part of them, from any step of an epoch on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from typing import Any, TypeVar
+
+from torch.utils.data import DataLoader
+
+from medvit.config import TrainingConfig
+from medvit.data.dataset import CaseDataset, collate
+from medvit.data.sampling import epoch_batches, share
+from medvit.records import UsageError
+
+Item = TypeVar("Item")
+
+
+class Feeding:
+    """Batches of a training, grouped into optimizer steps.
+
+    Args:
+        dataset: training cases.
+        config: batch size, accumulation, seed.
+        balanced: every class is drawn as often as any other.
+        rank: of this process.
+        processes: that share each batch.
+
+    Attributes:
+        batches: of an epoch.
+        steps: of an epoch.
+
+    Raises:
+        UsageError: fewer labelled cases than processes.
+    """
+
+    def __init__(
+        self, dataset: CaseDataset, config: TrainingConfig, *, balanced: bool, rank: int, processes: int
+    ) -> None:
+        self.dataset, self.config, self.balanced, self.rank, self.processes = dataset, config, balanced, rank, processes
+        try:
+            groups = self.groups(0)
+        except ValueError as error:
+            raise UsageError(f"{error}. Start fewer of them, or give more labelled cases.") from None
+        self.batches, self.steps = sum(map(len, groups)), len(groups)
+
+    def groups(self, epoch: int) -> list[list[list[int]]]:
+        """Per step its batches, for all processes together; each a list of indices of cases."""
+        batches = epoch_batches(
+            self.dataset.labels,
+            epoch,
+            batch_size=self.config.batch_size,
+            seed=self.config.seed,
+            balanced=self.balanced,
+            processes=self.processes,
+        )
+        return list(grouped(batches, self.config.accumulate))
+
+    def loader(self, groups: Sequence[Sequence[list[int]]], workers: int) -> DataLoader[dict[str, Any]]:
+        """This process's part of the batches of some steps."""
+        own = [share(batch, self.dataset.labels, self.rank, self.processes) for group in groups for batch in group]
+        return DataLoader(self.dataset, batch_sampler=own, collate_fn=collate, num_workers=workers)
+
+
+def grouped(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    """Lists of so many items; the last one has what is left."""
+    stream = iter(items)
+    while group := list(islice(stream, size)):
+        yield group

@@ -1,0 +1,163 @@
+"""Cases as a model meets them: datasets to train on, predictions to judge, features to look into.
+
+Where the backbone is frozen and nothing random precedes it, its features are computed once per slice and cached.
+Several processes share predictions between them, and each ends up with all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from medvit.config import Config
+from medvit.data.cache import FeatureCache, SliceCache
+from medvit.data.dataset import CaseDataset
+from medvit.data.pipelines import Slices, training_transform
+from medvit.data.splits import Indices
+from medvit.inference import Encoder, Model, StudyOutput
+from medvit.objectives.objective import UNLABELLED
+from medvit.records import Case, Prediction
+from medvit.training import processes
+
+Floats = npt.NDArray[np.float64]
+Labels = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Reporter:
+    """How progress is shown; the defaults show nothing."""
+
+    start: Callable[[str, int], None] = lambda _what, _total: None
+    step: Callable[[str], None] = lambda _: None
+    say: Callable[[str], None] = lambda _: None
+    epoch: Callable[[dict[str, Any]], None] = lambda _: None
+
+
+@dataclass
+class Material:
+    """The cases of an experiment.
+
+    Attributes:
+        config: the run's.
+        cases: labelled, and unlabelled ones of target sites.
+        classes: names in order.
+        slices: cache of prepared slices.
+        reporter: how to show progress.
+        labels: (N,) class index; negative where there is none.
+        domains: (N,) number of each case's site.
+        frozen: the backbone never changes and always sees the same.
+    """
+
+    config: Config
+    cases: Sequence[Case]
+    classes: tuple[str, ...]
+    slices: SliceCache
+    reporter: Reporter = field(default_factory=Reporter)
+    features: FeatureCache | None = field(default=None, init=False)
+    encoder: Encoder | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        known = {name: number for number, name in enumerate(self.classes)}
+        self.labels = np.array([known.get(str(case.label), UNLABELLED) for case in self.cases], np.int64)
+        sites = sorted({case.site for case in self.cases})
+        self.domains = np.array([sites.index(case.site) for case in self.cases], np.int64)
+        head_only = all(stage.trainable == "head" for stage in self.config.training.stages)
+        self.frozen = head_only and self.config.data.augment is None
+
+    def dataset(self, encoder: Encoder, train: Indices, target: Indices) -> CaseDataset:
+        """Training cases with their labels, and target cases without theirs."""
+        prep, chosen = self.config.preprocessing, np.concatenate([train, target])
+        _, domains = np.unique(self.domains[chosen], return_inverse=True)
+        transform = partial(training_transform, prep, self.config.data.augment, encoder.mean, encoder.std)
+        return CaseDataset(
+            [self.cases[index] for index in chosen],
+            self._features(encoder) if self.frozen else self.slices.load,
+            np.concatenate([self.labels[train], np.full(len(target), UNLABELLED)]),
+            slices=prep.train_slices,
+            transform=None if self.frozen else transform,
+            seed=self.config.training.seed,
+            domains=domains,
+        )
+
+    def predict(self, model: Model, chosen: Indices) -> list[Prediction]:
+        """Predictions of the chosen cases, the numbers of `Model.predict`."""
+        return [
+            model.prediction(self.cases[index], output.logits, looked_at, output.weights)
+            for index, (looked_at, output) in zip(chosen, self.outputs(model, chosen), strict=True)
+        ]
+
+    def pooled(self, model: Model, chosen: Indices) -> npt.NDArray[np.float32]:
+        """(N, D) features of whole studies, what the head reads."""
+        return np.stack([output.pooled for _, output in self.outputs(model, chosen)])
+
+    def outputs(self, model: Model, chosen: Indices) -> list[tuple[Indices, StudyOutput]]:
+        """For each chosen case the slices that were looked at, and what the model made of them."""
+        return processes.shared(chosen.tolist(), lambda mine: self._outputs(model, mine))
+
+    def _outputs(self, model: Model, chosen: Sequence[int]) -> list[tuple[Indices, StudyOutput]]:
+        encoder = model.encoder
+        if not self.frozen:
+            found = []
+            for index in chosen:
+                slices = self.slices.load(self.cases[index])
+                looked_at = encoder.choose(len(slices))
+                (output,) = encoder.studies([encoder.encode(slices[looked_at])])
+                found.append((looked_at, output))
+            return found
+        load = self._features(encoder)
+        features = [load(self.cases[index]) for index in chosen]
+        places = [encoder.choose(len(one)) for one in features]
+        outputs = encoder.studies([one[at] for one, at in zip(features, places, strict=True)])
+        return list(zip(places, outputs, strict=True))
+
+    def table(self, predictions: Sequence[Prediction]) -> tuple[Labels, Floats]:
+        """Class index (N,) and probabilities (N, K)."""
+        known = {name: number for number, name in enumerate(self.classes)}
+        labels = np.array([known.get(str(prediction.label), UNLABELLED) for prediction in predictions], np.int64)
+        rows = [[prediction.probabilities[name] for name in self.classes] for prediction in predictions]
+        return labels, np.array(rows, np.float64).reshape(-1, len(self.classes))
+
+    def _features(self, encoder: Encoder) -> Callable[[Case], npt.NDArray[np.float32]]:
+        """Features of every slice of a case, from the cache, computed where missing."""
+        if self.features is None or encoder is not self.encoder:  # each fold may normalise by its own split
+            prep, name = self.config.preprocessing, self.config.model.name
+            settings = json.dumps([prep.model_dump(mode="json"), encoder.mean, encoder.std, name])
+            self.encoder = encoder
+            self.features = FeatureCache(self.slices, f"{settings} {_digest(encoder.classifier.backbone)}")
+            missing = [case for case in self.cases if self.features.find(case) is None]
+            self._encode(processes.mine(missing), encoder, self.features)
+            processes.wait()
+        return self.features.load  # a method, which loader processes can be sent
+
+    def _encode(self, missing: Sequence[Case], encoder: Encoder, cache: FeatureCache) -> None:
+        """Compute features, many small cases at once, and keep them in the cache."""
+        if missing:
+            self.reporter.start("features of the frozen backbone", len(missing))
+        pending: list[tuple[Case, Slices]] = []
+        for number, case in enumerate(missing, 1):
+            pending.append((case, self.slices.load(case)))
+            if sum(len(slices) for _, slices in pending) < encoder.batch_slices and number < len(missing):
+                continue
+            encoded = encoder.encode(np.concatenate([slices for _, slices in pending]))
+            ends = np.cumsum([len(slices) for _, slices in pending])[:-1]
+            for (done, _), features in zip(pending, np.split(encoded, ends), strict=True):
+                cache.save(done, features)
+                self.reporter.step("")
+            pending = []
+
+
+def _digest(module: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, value in module.state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
