@@ -82,10 +82,14 @@ def tables() -> Console:
 
 
 class Display:
-    """Progress of one command: a bar on a terminal, a line now and then elsewhere. Use as a context manager."""
+    """Progress of one command: a bar on a terminal, a line now and then elsewhere. Use as a context manager.
 
-    def __init__(self) -> None:
-        self.console = Console(stderr=True)
+    Args:
+        quiet: show nothing: another process of the same run does.
+    """
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self.console, self.quiet = Console(stderr=True, quiet=quiet), quiet
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         self.bar = Progress(*columns, console=self.console, disable=not self.console.is_terminal, transient=True)
         self.task: TaskID | None = None
@@ -106,7 +110,7 @@ class Display:
             self.bar.remove_task(self.task)
         self.task = self.bar.add_task(what, total=total or None)
         self.what, self.total, self.done, self.told = what, total, 0, time.monotonic()
-        if not self.console.is_terminal:
+        if not self.console.is_terminal and not self.quiet:
             print(f"{what}{f' ({total})' if total else ''}", file=sys.stderr, flush=True)
 
     def step(self, text: str = "") -> None:
@@ -114,7 +118,7 @@ class Display:
         self.done += 1
         if self.task is not None:
             self.bar.update(self.task, advance=1, description=f"{self.what}  {text}" if text else self.what)
-        if not self.console.is_terminal and time.monotonic() - self.told > PLAIN_SECONDS:
+        if not self.console.is_terminal and not self.quiet and time.monotonic() - self.told > PLAIN_SECONDS:
             self.told = time.monotonic()
             of = f"/{self.total}" if self.total else ""
             print(f"{self.what} {self.done}{of} {text}".rstrip(), file=sys.stderr, flush=True)

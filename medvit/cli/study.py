@@ -23,7 +23,7 @@ SHOWN = 20
 
 @dataclass(frozen=True)
 class Study:
-    """A folder made ready for training: labelled cases, who belongs together, their cache, and what was set aside."""
+    """A folder made ready for training: its cases, who belongs together, their cache, and what was set aside."""
 
     inventory: io.Inventory
     manifest: data.Manifest
@@ -33,7 +33,7 @@ class Study:
 
     @property
     def cases(self) -> tuple[Case, ...]:
-        """The labelled cases that could be read."""
+        """The cases that could be read: labelled, or of a target site."""
         return self.grouping.cases
 
 
@@ -47,8 +47,21 @@ def add_label_arguments(result: argparse.ArgumentParser, *, optional: bool = Fal
     result.add_argument("--assume-hu", action="store_true", help="take values without rescale tags for HU, flagged")
 
 
-def prepare(arguments: argparse.Namespace, cache_dir: Path, preprocessing: Preprocessing, display: Display) -> Study:
+def prepare(
+    arguments: argparse.Namespace,
+    cache_dir: Path,
+    preprocessing: Preprocessing,
+    display: Display,
+    target_sites: Sequence[str] = (),
+) -> Study:
     """Scan, join labels, decode into the cache.
+
+    Args:
+        arguments: of `add_label_arguments`.
+        cache_dir: where decoded slices go.
+        preprocessing: what they are decoded for.
+        display: where progress goes.
+        target_sites: their unlabelled scans are cases too.
 
     Raises:
         UsageError: folder, labels or classes do not allow training.
@@ -63,14 +76,20 @@ def prepare(arguments: argparse.Namespace, cache_dir: Path, preprocessing: Prepr
     if not inventory.series:
         raise UsageError(f"{arguments.folder}: no CT among {len(inventory.files)} files. Run medvit-inspect on it.")
     manifest = data.build_manifest(
-        inventory, arguments.labels, label_column=arguments.label_column, site_column=arguments.site_column
+        inventory,
+        arguments.labels,
+        label_column=arguments.label_column,
+        site_column=arguments.site_column,
+        target_sites=target_sites,
     )
     cache = data.SliceCache(cache_dir, preprocessing, assume_hu=arguments.assume_hu)
-    labelled = [case for case in manifest.cases if case.label is not None]
-    display.start("decoding", len(labelled))
-    hashes, failures = cache.build(labelled, display.step)
-    readable = [case for case in labelled if case.case_id in hashes]
-    if len({case.label for case in readable}) < len(manifest.classes):
+    wanted = [
+        case for case in manifest.cases if case.label is not None or case.site in target_sites or case.split == "target"
+    ]
+    display.start("decoding", len(wanted))
+    hashes, failures = cache.build(wanted, display.step)
+    readable = [case for case in wanted if case.case_id in hashes]
+    if len({case.label for case in readable} - {None}) < len(manifest.classes):
         raise UsageError(f"after reading, not every class is left: {len(failures)} cases failed. Run medvit-inspect.")
     display.start("looking for copies", len(readable))
     prints = {}
@@ -91,8 +110,12 @@ def show_study(study: Study, folds: Sequence[data.Fold], display: Display) -> No
     patients = len({case.patient_id for case in cases})
     groups = len({case.group for case in cases})
     say = display.say
-    say(f"{len(cases)} labelled cases of {patients} patients ({groups} groups that stay together), by {manifest.key}")
-    unlabelled = sum(case.label is None for case in manifest.cases)
+    labelled = sum(case.label is not None for case in cases)
+    say(f"{labelled} labelled cases of {patients} patients ({groups} groups that stay together), by {manifest.key}")
+    if len(cases) > labelled:
+        say(f"  {len(cases) - labelled} unlabelled cases of target sites")
+    used = {case.case_id for case in cases}
+    unlabelled = sum(case.label is None and case.case_id not in used for case in manifest.cases)
     notes = {
         "rows of the table match no file": len(manifest.unmatched_rows),
         "usable scans have no row": manifest.without_row,
@@ -112,9 +135,7 @@ def show_study(study: Study, folds: Sequence[data.Fold], display: Display) -> No
     show_grouping(study.grouping, display)
     display.console.print(_class_by_site(study))
     for number, fold in enumerate(folds):
-        sizes = ", ".join(
-            f"{len(part)} {name}" for name, part in zip(("train", "val", "test"), fold_parts(fold), strict=True)
-        )
+        sizes = ", ".join(f"{len(part)} {name}" for name, part in fold.sides().items() if len(part))
         say(f"fold {number + 1}: {sizes}" if len(folds) > 1 else f"split: {sizes}")
 
 
@@ -134,19 +155,17 @@ def show_grouping(grouping: data.Grouping, display: Display) -> None:
         )
 
 
-def fold_parts(fold: data.Fold) -> tuple[Sequence[int], Sequence[int], Sequence[int]]:
-    """(train, val, test) indices."""
-    return fold.train.tolist(), fold.val.tolist(), fold.test.tolist()
-
-
 def _class_by_site(study: Study) -> Table:
     classes = study.manifest.classes
     sources = ", ".join(sorted({case.site_source for case in study.cases if case.site_source}))
     table = Table(title=f"cases by site ({sources or 'no site known'}) and label", title_justify="left")
     table.add_column("site")
-    for name in classes:
-        table.add_column(name, justify="right")
+    columns: dict[str | None, str] = {name: name for name in classes}
+    if any(case.label is None for case in study.cases):
+        columns |= {None: "(no label)"}
+    for heading in columns.values():
+        table.add_column(heading, justify="right")
     counts = Counter((case.site, case.label) for case in study.cases)
     for site in sorted({case.site for case in study.cases}):
-        table.add_row(site or "(not given)", *(str(counts[site, name]) for name in classes))
+        table.add_row(site or "(not given)", *(str(counts[site, name]) for name in columns))
     return table

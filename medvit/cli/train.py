@@ -6,17 +6,22 @@ config.yaml, cases.csv, metrics.jsonl, TensorBoard events, checkpoints/, bundle/
 
 from __future__ import annotations
 
+import argparse
 import csv
+import math
+import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
 from medvit import data, evaluation, training
 from medvit.cli.console import Display, Parser, command
 from medvit.cli.evaluate import show_report
-from medvit.cli.study import Study, add_label_arguments, fold_parts, prepare, set_aside, show_study
-from medvit.config import Config, load_config, shipped_configs
+from medvit.cli.study import Study, add_label_arguments, prepare, set_aside, show_study
+from medvit.config import GRIDS, Config, load_config, shipped_configs
 from medvit.records import EXIT_DONE, EXIT_QUARANTINE, Case, UsageError
+from medvit.training import processes
 
 EPILOG = f"""
 labels: a CSV with one key column (the first present of path, sop_uid, series_uid, study_uid, patient_id), the label
@@ -30,6 +35,8 @@ examples:
   medvit-train /exports/ct --labels labels.csv --config frozen model.weights=vit.safetensors data.folds=5
   medvit-train /exports/ct --labels labels.csv training.batch_size=4 preprocessing.windows=[brain,subdural,bone]
   medvit-train /exports/ct --labels labels.csv --output runs/first --resume
+  medvit-train /exports/ct --labels labels.csv --config dann data.target_sites=[Harbour] --sweep strength
+  torchrun --nproc-per-node 2 -m medvit.cli.train /exports/ct --labels labels.csv --output runs/both
 """
 
 
@@ -40,6 +47,11 @@ def parser() -> Parser:
     result.add_argument("--config", metavar="YAML", help="file, or name of a shipped config (default: baseline)")
     result.add_argument("--output", metavar="RUN", type=Path, help="new folder (default: runs/DATE-TIME)")
     result.add_argument("--resume", action="store_true", help="continue an interrupted run in --output")
+    result.add_argument(
+        "--sweep",
+        choices=sorted(GRIDS),
+        help="try a grid of settings on validation cases, go on with the best",
+    )
     result.add_argument("--dry-run", action="store_true", help="show cases, splits, class by site, and a time estimate")
     result.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings over the config file")
     return result
@@ -51,12 +63,20 @@ def main(argv: list[str] | None = None) -> int:
     # intermixed: overrides may stand before and after options
     arguments = parser().parse_intermixed_args(argv)
     config = load_config(arguments.config, arguments.overrides)
-    output: Path = arguments.output or Path("runs") / datetime.now().astimezone().strftime("%Y%m%d-%H%M%S")
-    if not arguments.dry_run:
-        prepare_output(output, config, resume=arguments.resume)
-    with Display() as display:
+    with processes.together():
+        return train(arguments, config)
+
+
+def train(arguments: argparse.Namespace, config: Config) -> int:
+    """Prepare, train, judge and tell; of several processes the first one writes and speaks."""
+    now = datetime.now().astimezone().strftime("%Y%m%d-%H%M%S")
+    output: Path = processes.agreed(arguments.output or Path("runs") / now)
+    if not arguments.dry_run and processes.first():
+        prepare_output(output, config, resume=arguments.resume, sweep=bool(arguments.sweep))
+    processes.wait()
+    with Display(quiet=not processes.first()) as display:
         cache_dir = config.data.cache_dir or data.default_cache_dir(output)
-        study = prepare(arguments, cache_dir, config.preprocessing, display)
+        study = prepare(arguments, cache_dir, config.preprocessing, display, config.data.target_sites)
         folds = data.make_folds(study.cases, config.data, config.training.seed)
         experiment = training.Experiment(
             config=config,
@@ -65,42 +85,63 @@ def main(argv: list[str] | None = None) -> int:
             slices=study.cache,
             folder=output,
             judge=judge(config),
-            reporter=training.Reporter(start=display.start, step=display.step),
+            reporter=training.Reporter(start=display.start, step=display.step, say=display.say),
             resume=arguments.resume,
         )
         show_study(study, folds, display)
         if arguments.dry_run:
             show_estimate(experiment, folds, display)
             return EXIT_DONE
-        write_cases(output / "cases.csv", study.cases, folds)
+        if arguments.sweep:
+            experiment = sweep(experiment, folds, arguments.sweep, display)
         result = experiment.run(folds)
-        evaluation.write_predictions(list(result.predictions), output / "predictions.csv")
-        display.start("report", 0)
-        report = evaluation.write_report(
-            evaluation.read_predictions(output / "predictions.csv"),
-            output / "report",
-            config.evaluation,
-            about(study, config, experiment),
-        )
-    show_result(report, output, result)
+        if processes.first():
+            write_cases(output / "cases.csv", study.cases, folds)
+            evaluation.write_predictions(list(result.predictions), output / "predictions.csv")
+            display.start("report", 0)
+            report = evaluation.write_report(
+                evaluation.read_predictions(output / "predictions.csv"),
+                output / "report",
+                config.evaluation,
+                about(study, experiment),
+            )
+            show_result(report, output, result)
     return EXIT_QUARANTINE if set_aside(study) else EXIT_DONE
 
 
-def prepare_output(output: Path, config: Config, *, resume: bool) -> None:
+def sweep(
+    experiment: training.Experiment, folds: Sequence[data.Fold], grid: str, display: Display
+) -> training.Experiment:
+    """Try the points of a grid on the first fold, show them, and go on with the best."""
+    chosen, points = training.sweep(experiment, folds[0], grid)
+    for point in points:
+        settings = ", ".join(f"{key.rsplit('.', 1)[-1]} {value:g}" for key, value in point.settings.items())
+        apart = "" if math.isnan(point.domain_probe) else f", sites told apart {point.domain_probe:.3f}"
+        display.say(f"  {settings}: validation AUROC {point.auroc:.3f} (epoch {point.best_epoch}){apart}")
+    if processes.first():
+        (experiment.folder / "config.yaml").write_text(chosen.to_yaml(), encoding="utf-8")
+    return replace(experiment, config=chosen)
+
+
+def prepare_output(output: Path, config: Config, *, resume: bool, sweep: bool = False) -> None:
     """Make RUN and write its config; an existing run is only continued, and only with the same settings.
+
+    With a sweep these are the settings that it varies, kept beside its points; RUN's own are known at its end.
 
     Raises:
         UsageError: `output` holds something and is not to be resumed, or was made with other settings.
     """
-    saved = output / "config.yaml"
+    saved = output / "sweep" / "config.yaml" if sweep else output / "config.yaml"
     if output.exists() and any(output.iterdir()):
         if not resume:
             raise UsageError(f"{output}: not empty. Give another --output, or --resume to continue that run.")
         if not saved.is_file():
-            raise UsageError(f"{output}: holds no run (no config.yaml). Give another --output.")
+            raise UsageError(
+                f"{output}: holds no run of this kind (no {saved.relative_to(output)}). Give another --output."
+            )
         if saved.read_text(encoding="utf-8") != config.to_yaml():
             raise UsageError(f"{output}: was started with other settings ({saved}). Resume with those, or start anew.")
-    output.mkdir(parents=True, exist_ok=True)
+    saved.parent.mkdir(parents=True, exist_ok=True)
     saved.write_text(config.to_yaml(), encoding="utf-8")
 
 
@@ -132,7 +173,7 @@ def write_cases(path: Path, cases: Sequence[Case], folds: Sequence[data.Fold]) -
     """cases.csv: who was where. With folds, `fold` is the one that a case was judged in."""
     where = {}
     for number, fold in enumerate(folds):
-        for name, indices in zip(("train", "val", "test"), fold_parts(fold), strict=True):
+        for name, indices in fold.sides().items():
             for index in indices:
                 if len(folds) == 1 or name == "test":
                     where[index] = (name, number)
@@ -146,8 +187,9 @@ def write_cases(path: Path, cases: Sequence[Case], folds: Sequence[data.Fold]) -
             writer.writerow(row)
 
 
-def about(study: Study, config: Config, experiment: training.Experiment) -> dict[str, str]:
+def about(study: Study, experiment: training.Experiment) -> dict[str, str]:
     """What the report says about its origin."""
+    config = experiment.config
     prep, folds = config.preprocessing, config.data.folds
     windows = ", ".join(w if isinstance(w, str) else f"{w[0]:g}/{w[1]:g}" for w in prep.windows)
     clahe = "with CLAHE" if prep.clahe else "no CLAHE"
@@ -165,3 +207,7 @@ def show_result(report: evaluation.Report, output: Path, result: training.Result
     """The figures, and where everything is."""
     show_report(report)
     print(f"model        {result.bundle}\npredictions  {output / 'predictions.csv'}")
+
+
+if __name__ == "__main__":  # torchrun -m
+    sys.exit(main(None))

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 from safetensors.torch import load_file, save_file
 
 import medvit
@@ -194,3 +195,80 @@ def test_folder_without_ct_ends_with_2(tmp_path, site, capsys):
     arguments = [str(tmp_path / "folder"), "--labels", str(site.labels), "--output", str(tmp_path / "run"), *TINY]
     assert train.main(arguments) == 2
     assert "no CT" in capsys.readouterr().err
+
+
+TOWARDS_HARBOUR = [
+    "data.target_sites=[Harbour Hospital]",
+    "data.test_fraction=0.5",
+    "data.validation_fraction=0.5",
+    "training.stages.0.epochs=1",
+]
+
+
+def test_adaptation_tells_source_and_target_apart(train_tiny, tmp_path, capfd):
+    run = tmp_path / "run"
+    assert train_tiny(run, *TOWARDS_HARBOUR, "objective.name=dann") == 3
+    found = json.loads((run / "adaptation.json").read_text())
+    assert {"source", "target", "oracle", "oracle_epoch", "domain_probe", "mmd"} == set(found)
+    cases = rows(run / "cases.csv")
+    at_target = [row["split"] for row in cases if row["site"] == "Harbour Hospital"]
+    assert set(at_target) == {"target", "test"}
+    assert "target" not in {row["split"] for row in cases if row["site"] != "Harbour Hospital"}
+    predicted = {row["case_id"] for row in rows(run / "predictions.csv")}
+    assert predicted == {row["case_id"] for row in cases if row["split"] == "test"}
+    (line,) = (json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines())
+    assert 0 <= line["domain_accuracy"] <= 1
+    assert "parameters learn" in capfd.readouterr().err
+
+
+def test_adaptation_without_a_target_ends_with_2(train_tiny, tmp_path, capsys):
+    assert train_tiny(tmp_path / "run", "objective.name=dann") == 2
+    assert "data.target_sites" in capsys.readouterr().err
+
+
+def test_unlabelled_scans_of_the_target_take_part_without_a_row(site, tmp_path, capfd):
+    """Nobody writes rows for scans that nobody labelled."""
+    labels = tmp_path / "labels.csv"
+    with site.labels.open(encoding="utf-8", newline="") as stream:
+        table = list(csv.DictReader(stream))
+    with labels.open("w", encoding="utf-8", newline="") as stream:
+        writer = csv.DictWriter(stream, table[0].keys())
+        writer.writeheader()
+        writer.writerows(row for row in table if row["site"] != "Harbour Hospital")
+    arguments = [str(site.folder), "--labels", str(labels), "--output", str(tmp_path / "run"), *TINY]
+    assert train.main([*arguments, *TOWARDS_HARBOUR, "objective.name=mmd"]) == 3
+    assert "unlabelled cases of target sites" in capfd.readouterr().err
+    found = json.loads((tmp_path / "run" / "adaptation.json").read_text())
+    assert found["target"] is None
+    assert found["domain_probe"] is not None
+    splits = {row["split"] for row in rows(tmp_path / "run" / "cases.csv") if row["site"] == "Harbour Hospital"}
+    assert splits == {"target"}
+
+
+def test_a_sweep_goes_on_with_the_best_point(train_tiny, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr("medvit.training.grid.GRIDS", {"strength": {"objective.strength": (0.0, 1.0)}})
+    run = tmp_path / "run"
+    assert train_tiny(run, *TOWARDS_HARBOUR, "objective.name=dann", "--sweep", "strength") == 3
+    points = rows(run / "sweep.csv")
+    assert [point["objective.strength"] for point in points] == ["0.0", "1.0"]
+    best = max(points, key=lambda point: (float(point["val_auroc"]), -float(point["val_loss"])))
+    chosen = yaml.safe_load((run / "config.yaml").read_text())["objective"]["strength"]
+    assert chosen == float(best["objective.strength"])
+    assert "strength 1: validation AUROC" in capfd.readouterr().err
+    assert train_tiny(run, *TOWARDS_HARBOUR, "objective.name=dann", "--sweep", "strength", "--resume") == 3
+    assert rows(run / "sweep.csv") == points
+
+
+def test_two_processes_train_the_model_of_one(site, tmp_path):
+    """The same cases in each step, nothing random in the model: what differs is rounding."""
+    common = [str(site.folder), "--labels", str(site.labels), *TINY, "model.drop_path=0", "training.threads=1"]
+    assert train.main([*common, "--output", str(tmp_path / "one"), "training.batch_size=4"]) == 3
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    program = ["-m", "medvit.cli.train", *common, "--output", str(tmp_path / "two"), "training.batch_size=2"]
+    done = subprocess.run([*command, *program], capture_output=True, text=True, timeout=300, check=False)
+    assert "Error" not in done.stderr.replace("ChildFailedError", ""), done.stderr[-2000:]
+    predictions = [rows(tmp_path / name / "predictions.csv") for name in ("one", "two")]
+    assert [row["case_id"] for row in predictions[0]] == [row["case_id"] for row in predictions[1]]
+    for one, two in zip(*predictions, strict=True):
+        assert float(one["p_1"]) == pytest.approx(float(two["p_1"]), abs=2e-3)
+    assert (tmp_path / "two" / "report" / "report.html").is_file()
