@@ -1,0 +1,189 @@
+"""One run of `adaptation.py`: a problem, a method and a seed -> what became of source and target.
+
+A run is a function of its `Settings` alone, so that a benchmark that was interrupted goes on where it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import tempfile
+import time
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+import adaptation_problems
+import numpy as np
+import torch
+from adaptation_problems import Cases, Labels, Problem, Values, digits, phantom_sites, together, two_makers
+
+from medvit.config import ObjectiveConfig, Stage, TrainingConfig
+from medvit.data.dataset import CaseDataset
+from medvit.models.classifier import CtClassifier
+from medvit.objectives import OBJECTIVES, Task
+from medvit.objectives.objective import UNLABELLED
+from medvit.records import Case
+from medvit.training import fit
+from medvit.training.adaptation import information, probe
+from medvit.training.loop import Run
+
+Part = Literal["digits", "phantom", "ct"]
+
+STRENGTH = {"source": 0.0, "oracle": 0.0, "dann": 1.0, "cdan": 1.0, "mmd": 0.1}
+"""Method -> weight of the adaptation: the defaults of the configuration. The same for every problem and seed."""
+
+DECISIVE: dict[Part, tuple[str, ...]] = {
+    "digits": ("DIGITS", "DIGIT_PX", "DIGIT_PATCH", "VARIANTS", "SMALL"),
+    "phantom": ("PHANTOM", "PHANTOM_PX", "PHANTOM_PATCH", "PHANTOM_SLICES", "PHANTOM_WINDOW", "TARGET_SITE", "SMALL"),
+    "ct": ("CT_PX", "CT_CUT"),
+}
+"""What of `adaptation_problems` decides a part."""
+
+FROM_SCRATCH = {"lr": 1e-3, "backbone_lr": 1e-3, "weight_decay": 0.05}
+
+
+def stages(part: Part, epochs: int) -> tuple[Stage, ...]:
+    """Small models from scratch in one go; the pretrained one as configs/dann.yaml does it."""
+    if part != "ct":
+        return (Stage(epochs=epochs, **FROM_SCRATCH),)
+    head = Stage(name="head", trainable="head", epochs=3, lr=1e-3)
+    return head, Stage(name="top", trainable="top", blocks=3, epochs=epochs, lr=1e-3, backbone_lr=3e-5)
+
+
+def design(part: Part) -> str:
+    """Short digest of all that `Settings` takes for granted: rows of another design are of another experiment."""
+    told = [getattr(adaptation_problems, name) for name in DECISIVE[part]]
+    dumped = [stage.model_dump() for stage in stages(part, 1)]
+    return hashlib.sha256(repr((told, dumped)).encode()).hexdigest()[:12]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides a run.
+
+    Attributes:
+        part: digits, phantom or ct.
+        problem: of the part.
+        method: source (alone), dann, cdan, mmd, or oracle (which is given the target's training labels).
+        seed: of cases, weights and order.
+        strength: weight of the adaptation.
+        epochs: of the (last) stage, through the labelled source.
+        batch: labelled source cases per step; those of the target come on top of them.
+    """
+
+    part: Part
+    problem: str
+    method: str
+    seed: int
+    strength: float
+    epochs: int
+    batch: int
+
+
+@lru_cache(maxsize=2)
+def problem_of(part: Part, name: str, seed: int, shared: Path) -> Problem:
+    """The cases; kept for the methods that come next."""
+    if part == "digits":
+        return digits(shared / "data", name, seed)
+    if part == "phantom":
+        return phantom_sites(seed)
+    return two_makers(shared / "data", shared / "weights" / "vit_small_patch14_dinov2.safetensors")
+
+
+def run(settings: Settings, shared: Path) -> dict[str, Any]:
+    """Train and judge.
+
+    Returns:
+        `target` and `source` (held-out figures of merit), `information` (of predictions on the unlabelled target),
+        `probe` and `mmd` (what still tells the sites apart), `domain_accuracy` (of the training's own discriminator),
+        `scores` (p of the last class of each target case, where there are few), and `seconds`.
+    """
+    began = time.perf_counter()
+    problem = problem_of(settings.part, settings.problem, settings.seed, shared)
+    torch.manual_seed(settings.seed)
+    classifier = problem.build()
+    last = _train(classifier, problem, settings)
+    found = _judge(classifier, problem) | {"domain_accuracy": last.get("domain_accuracy")}
+    return found | {"loss": last["loss"], "seconds": round(time.perf_counter() - began, 1)}
+
+
+def _train(classifier: CtClassifier, problem: Problem, settings: Settings) -> dict[str, Any]:
+    """The row of metrics of the last epoch. Every method takes as many steps."""
+    parts, batch = [problem.source], settings.batch
+    labels = [problem.source.labels]
+    if settings.method != "source":
+        parts.append(problem.target)
+    if settings.method == "oracle":  # all are labelled: the batch holds both sites as those of adaptation do
+        labels.append(problem.target.labels)
+        batch = math.ceil(batch * (1 + len(problem.target) / len(problem.source)))
+    elif settings.method != "source":
+        labels.append(np.full(len(problem.target), UNLABELLED))
+    name = settings.method if settings.method in ("dann", "cdan", "mmd") else "supervised"
+    objective = OBJECTIVES[name](
+        classifier,
+        ObjectiveConfig(name=name, strength=settings.strength, class_weights=False),
+        Task(tuple(np.bincount(problem.source.labels).tolist()), len(np.unique(together(*parts).sites))),
+    )
+    config = TrainingConfig(
+        stages=stages(settings.part, settings.epochs),
+        batch_size=batch,
+        select="last",
+        checkpoint_minutes=60,
+        threads=torch.get_num_threads(),
+        device="cpu",
+        seed=settings.seed,
+    )
+    dataset = _dataset(together(*parts), np.concatenate(labels), problem.draws, settings.seed)
+    with tempfile.TemporaryDirectory() as folder:
+        history = fit(objective, dataset, config, lambda: {"auroc": 0.5, "loss": 0.0}, Run(folder=Path(folder)))
+    return history.rows[-1]
+
+
+def _dataset(cases: Cases, labels: Labels, draws: int, seed: int) -> CaseDataset:
+    """Ready values: nothing is read and nothing random precedes the model."""
+    records = [
+        Case(case_id=str(i), patient_id=str(i), group=str(i), root="", files=(str(i),)) for i in range(len(cases))
+    ]
+    return CaseDataset(
+        records,
+        lambda case: cases.values[int(case.files[0])],
+        labels,
+        slices=draws,
+        transform=None,
+        seed=seed,
+        domains=cases.sites,
+    )
+
+
+def _judge(classifier: CtClassifier, problem: Problem) -> dict[str, Any]:
+    """On cases that were not trained on; the information on those that were, without labels."""
+    blind, _ = look(classifier, problem.target, problem.draws)
+    probabilities, target = look(classifier, problem.target_judged, problem.draws)
+    held_out = problem.source_judged if len(problem.source_judged) else problem.source
+    at_source, source = look(classifier, held_out, problem.draws)
+    patients = np.concatenate(
+        [np.char.add(f"{n}", held.patients) for n, held in enumerate((held_out, problem.target_judged))]
+    )
+    apart = probe(source, target, patients)
+    return {
+        "target": problem.score(problem.target_judged.labels, probabilities),
+        "source": problem.score(held_out.labels, at_source) if held_out is problem.source_judged else None,
+        "information": information(blind.astype(np.float64)),
+        "probe": apart.accuracy,
+        "mmd": apart.mmd,
+        "scores": probabilities[:, -1].round(5).tolist() if len(target) < 100 else None,
+    }
+
+
+def look(classifier: CtClassifier, cases: Cases, draws: int) -> tuple[Values, Values]:
+    """Probabilities (N, K) and pooled features (N, D), from the first `draws` slices of each."""
+    found = []
+    with torch.inference_mode():
+        for start in range(0, len(cases), 128):
+            values = torch.from_numpy(cases.values[start : start + 128, :draws])
+            output = classifier(values, torch.ones(values.shape[:2], dtype=torch.bool))
+            found.append((output.logits.softmax(dim=1), output.pooled))
+    probabilities, pooled = (torch.cat(part).numpy() for part in zip(*found, strict=True))
+    return probabilities, pooled
