@@ -24,12 +24,12 @@ from typing import Any
 
 os.environ.setdefault("MEDVIT_SITE_KEY", "benchmarks")  # splits follow the hashes of patients: the same everywhere
 
-from recipe_contenders import CONSTANT, CONTENDERS, SHORT
+from recipe_contenders import CONSTANT, CONTENDERS, GROWING, SIZE, UNTRAINED
 from recipe_run import Job, alone, run
 from recipe_sets import ROUNDS, SETS, Cases, prepare_at
 from recipe_tables import Runs, claim, compare, curve, recommend
 
-FEW = ("frozen probe", CONSTANT)
+FEW = ("frozen probe", "staged + rates")
 """Those who are tried on few patients, and on the sets that illustrate."""
 
 
@@ -52,7 +52,8 @@ class Plan:
         for number in range(rounds):
             turn = (3 * number) % len(self.contenders)
             for contender in (*self.contenders[turn:], *self.contenders[:turn]):
-                yield Job(name, contender, number, 0, self.seconds)
+                if number == 0 or contender not in UNTRAINED:
+                    yield Job(name, contender, number, 0, self.seconds)
             for patients in self.patients:
                 for contender in FEW:
                     yield Job(name, contender, number, patients, self.seconds)
@@ -61,18 +62,18 @@ class Plan:
 DECIDE = ("phantom", "ct_ich by slice")
 """The recommendation follows from these; the others illustrate."""
 
-SMALL = tuple(name for name in CONTENDERS if name not in (SHORT, "frozen probe, 224 px") and "random" not in name)
+RIVALS = tuple(name for name, one in CONTENDERS.items() if one.size == SIZE and name not in UNTRAINED)
 
 PLANS: Mapping[str, Plan] = {
     "ct_ich by slice": Plan(175, tuple(CONTENDERS), (12, 25)),
-    "phantom": Plan(30, SMALL),
+    "phantom": Plan(30, RIVALS),
     "siim_ct_100": Plan(60, FEW),
-    "ct_ich by study": Plan(160, FEW),
+    "ct_ich by study": Plan(100, FEW),
 }
 
 QUICK: Mapping[str, Plan] = {
-    "ct_ich by slice": Plan(25, (*SMALL, SHORT), (12,)),
-    "phantom": Plan(10, SMALL),
+    "ct_ich by slice": Plan(25, (*RIVALS, CONSTANT, GROWING), (12,)),
+    "phantom": Plan(10, RIVALS),
 }
 """One round, and so short that it shows the machinery and no differences."""
 
@@ -138,7 +139,7 @@ def report(runs: Runs, plans: Mapping[str, Plan]) -> None:
         detail[name] = compare(runs, name, plan.contenders)
         if plan.patients:
             detail[f"{name}, few patients"] = curve(runs, name, FEW, plan.patients)
-    held = {name: claim(runs, name, CONSTANT, SHORT) for name, plan in plans.items() if SHORT in plan.contenders}
+    held = {name: claim(runs, name, CONSTANT, GROWING) for name, plan in plans.items() if GROWING in plan.contenders}
     detail["progressive resizing"] = held
     detail["recommended"] = recommend(runs, [name for name in DECIDE if name in plans])
     share = max((each["share"] for each in held.values()), default=float("nan"))

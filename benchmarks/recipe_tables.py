@@ -1,7 +1,7 @@
 """What the runs of `recipe.py` say: tables with intervals, the claim on progressive resizing, and what follows."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -68,10 +68,11 @@ class Runs:
         """Jobs of a set that are not done."""
         return [job for job in self.jobs if job.cases == name and _key(vars(job)) not in self.rows]
 
-    def judged(self, name: str, contender: str, patients: int = 0) -> Judged:
-        """All rounds of a contender on a set."""
+    def judged(self, name: str, contender: str, patients: int = 0, rounds: Collection[int] = range(99)) -> Judged:
+        """A contender on a set; all rounds that it ran, or some."""
         jobs = [job for job in self.jobs if (job.cases, job.contender, job.patients) == (name, contender, patients)]
-        rows = [self.rows[_key(vars(job))] for job in sorted(jobs, key=lambda job: job.round)]
+        chosen = sorted((job for job in jobs if job.round in rounds), key=lambda job: job.round)
+        rows = [self.rows[_key(vars(job))] for job in chosen]
         cases = [(str(row["round"]), *case) for row in rows for case in row["predictions"]]
         rounds, people, sexes, labels, scores = map(np.array, zip(*cases, strict=True))
         trained = np.array([row["trained_s"] for row in rows])
@@ -92,7 +93,8 @@ def compare(runs: Runs, name: str, contenders: Sequence[str]) -> dict[str, Any]:
     found = {}
     for contender, one in judged.items():
         against = CONTENDERS[contender].against
-        paired = one.minus(judged[against]) if against in judged else None
+        rounds = {int(number) for number in one.rounds}
+        paired = one.minus(runs.judged(name, against, rounds=rounds)) if against in judged else None
         auroc, within = one.auroc(), one.auroc(np.char.add(one.rounds, one.sexes))
         row = {
             "auroc": _three(auroc),
