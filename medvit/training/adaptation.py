@@ -59,7 +59,9 @@ def probe(source: npt.NDArray[np.float32], target: npt.NDArray[np.float32], grou
         return Probe(float("nan"), distance)
     reader = make_pipeline(StandardScaler(), LogisticRegression(class_weight="balanced", max_iter=1000))
     splitter = StratifiedGroupKFold(parts, shuffle=True, random_state=0)
-    guessed = cross_val_predict(reader, values, sides, cv=splitter, groups=groups)
+    # drawn here: whether cross_val_predict takes groups depends on a global setting that other libraries change
+    splits = list(splitter.split(values, sides, groups))
+    guessed = cross_val_predict(reader, values, sides, cv=splits)
     return Probe(float(balanced_accuracy_score(sides, guessed)), distance)
 
 
