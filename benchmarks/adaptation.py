@@ -15,9 +15,10 @@ import math
 import multiprocessing
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +41,13 @@ PROBLEMS: dict[Part, tuple[str, ...]] = {
 }
 
 PLAN: dict[Part, dict[str, int]] = {
-    "digits": {"seeds": 5, "epochs": 25, "batch": 64},
-    "phantom": {"seeds": 10, "epochs": 30, "batch": 12},
-    "ct": {"seeds": 3, "epochs": 10, "batch": 8},
+    "digits": {"seeds": 5, "epochs": 20, "batch": 32},
+    "phantom": {"seeds": 10, "epochs": 25, "batch": 12},
+    "ct": {"seeds": 10, "epochs": 10, "batch": 8},
 }
 QUICK: dict[Part, dict[str, int]] = {
-    "digits": {"seeds": 1, "epochs": 6, "batch": 64},
-    "phantom": {"seeds": 1, "epochs": 20, "batch": 12},
+    "digits": {"seeds": 1, "epochs": 5, "batch": 32},
+    "phantom": {"seeds": 1, "epochs": 15, "batch": 12},
     "ct": {"seeds": 1, "epochs": 3, "batch": 8},
 }
 
@@ -91,13 +92,13 @@ class Journal:
         return {
             Settings(**line["settings"]): line["found"]
             for line in lines
-            if line["design"] == design(line["settings"]["part"])
+            if line["design"] == design(Settings(**line["settings"]))
         }
 
     def add(self, settings: Settings, found: dict[str, Any]) -> None:
         """Append one."""
         if self.path is not None:
-            line = {"settings": asdict(settings), "design": design(settings.part), "found": found}
+            line = {"settings": asdict(settings), "design": design(settings), "found": found}
             with self.path.open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(line) + "\n")
 
@@ -126,30 +127,33 @@ def executed(
     known = journal.rows()
     missing = [one for one in wanted if one not in known]
     print(f"{len(wanted)} runs, {len(wanted) - len(missing)} of them from the journal", flush=True)
-    for number, (settings, found) in enumerate(_run_all(missing, shared, processes), 1):
-        journal.add(settings, found)
-        known[settings] = found
-        shown = f"{settings.problem}, {LONG[settings.method]}, seed {settings.seed}, strength {settings.strength:g}"
-        print(f"  {number}/{len(missing)}  {shown}: {found['seconds']:.0f} s", flush=True)
-    return {one: known[one] for one in wanted}
-
-
-def _run_all(missing: Sequence[Settings], shared: Path, processes: int) -> Iterator[tuple[Settings, dict[str, Any]]]:
+    # what begins alike stays in one process, which learns the source once for all of it
+    groups = [list(group) for _, group in groupby(missing, key=lambda one: (one.problem, one.seed))]
+    work = partial(_run_group, journal=journal, shared=shared)
     if processes == 1:
         torch.set_num_threads(os.cpu_count() or 1)
-        yield from ((one, run(one, shared)) for one in missing)
-        return
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(processes, initializer=_prepare, initargs=(1,)) as pool:
-        yield from pool.imap_unordered(partial(_paired, shared=shared), missing)
+        done = list(map(work, groups))
+    else:
+        context = multiprocessing.get_context("spawn")
+        with context.Pool(processes, initializer=_prepare) as pool:
+            done = list(pool.imap_unordered(work, groups))
+    return {one: (known | dict(chain.from_iterable(done)))[one] for one in wanted}
 
 
-def _paired(settings: Settings, shared: Path) -> tuple[Settings, dict[str, Any]]:
-    return settings, run(settings, shared)
+def _run_group(group: Sequence[Settings], journal: Journal, shared: Path) -> list[tuple[Settings, dict[str, Any]]]:
+    """Each run is written down when it ends: whatever ends the process, it is not lost."""
+    done = []
+    for settings in group:
+        found = run(settings, shared)
+        journal.add(settings, found)
+        done.append((settings, found))
+        shown = f"{settings.problem}, seed {settings.seed}, {LONG[settings.method]}, strength {settings.strength:g}"
+        print(f"  {shown}: {found['seconds']:.0f} s", flush=True)
+    return done
 
 
-def _prepare(threads: int) -> None:
-    torch.set_num_threads(threads)
+def _prepare() -> None:
+    torch.set_num_threads(1)
     warnings.simplefilter("ignore")  # of libraries
 
 
@@ -278,7 +282,7 @@ def main() -> None:
     """Run what is missing, print tables, and one JSON object as the last line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=[*PROBLEMS, "all"], default="all")
-    parser.add_argument("--seeds", type=int, help="of each part (default: 5, 10 and 3)")
+    parser.add_argument("--seeds", type=int, help="of each part (default: 5, 10 and 10)")
     parser.add_argument("--runs", type=Path, help="JSON lines of finished runs: written, and gone on with")
     parser.add_argument("--data", type=Path, help="holds data/ and weights/ (default: MEDVIT_REAL_DATA)")
     parser.add_argument(

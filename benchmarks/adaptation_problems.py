@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import cv2
@@ -235,7 +236,7 @@ def _ct_classifier(weights: Path) -> CtClassifier:
     """Takes the tokens that `ct_cases` keeps instead of slices."""
     classifier, _ = build_classifier(_ct_model(weights), size=CT_PX, channels=3, classes=2)
     vit = classifier.backbone.model
-    vit.forward_features = lambda tokens: vit.norm(vit.blocks[CT_CUT:](tokens))
+    vit.forward_features = MethodType(_upper, vit)  # which deepcopy binds anew
     return classifier
 
 
@@ -266,6 +267,11 @@ def ct_labels(data: Path, maker: str) -> tuple[Labels, npt.NDArray[np.str_]]:
 def _ct_rows(data: Path, maker: str) -> list[dict[str, str]]:
     with (data / "siim_ct_100" / "manifest.csv").open(encoding="utf-8", newline="") as stream:
         return [row for row in csv.DictReader(stream) if row["manufacturer"] == maker]
+
+
+def _upper(vit: Any, tokens: Tensor) -> Tensor:
+    normed: Tensor = vit.norm(vit.blocks[CT_CUT:](tokens))
+    return normed
 
 
 def _lower(vit: Any, slices: Tensor) -> Values:
