@@ -15,12 +15,17 @@ from pathlib import Path
 import numpy as np
 
 from medvit.io import dicom, faults, grouping, headers
-from medvit.io.headers import SliceHeader
+from medvit.io.headers import SharedHeader, SliceHeader
 from medvit.io.inventory import FileEntry, Series, stamp_of
 from medvit.records import Outcome, ReasonCode, ScanError
 
 SeriesKey = tuple[str, str]
 """(StudyInstanceUID, SeriesInstanceUID)."""
+
+Fate = tuple[Outcome, ReasonCode | None, str]
+"""What became of a file, why, and what was seen."""
+
+TURNED: Fate = (Outcome.SKIP, ReasonCode.NOT_VOLUME, "localizer: turned against the other slices of its series")
 
 Broken = tuple[SliceHeader, ScanError]
 """A slice that cannot be used, and why its series cannot be either."""
@@ -75,36 +80,37 @@ def _faults(
 ) -> dict[SeriesKey, ScanError]:
     """Why a series may not be used, from what the folder holds beside it; the gravest reason of several."""
     found: dict[SeriesKey, ScanError] = {}
+    kinds = tuple(headers.shared_by(slices).values())  # few, of a hundred thousand slices
     for key in conflicts:
         found[key] = ScanError(ReasonCode.DUP_CONFLICT, "one SOPInstanceUID names different files")
-    for key in _torn_series(slices):
+    for key in _torn_series(kinds):
         found[key] = ScanError(ReasonCode.TAG_INVALID, "one SeriesInstanceUID of one patient in several studies")
     # a broken copy of a whole slice takes nothing away
     whole = {one.sop_uid for one in slices} if broken else set()
     for one, error in broken:
         if one.sop_uid not in whole:
             found[one.shared.study_uid, one.shared.series_uid] = error
-    if mixed := _mixed_studies(slices):
+    if mixed := _mixed_studies(kinds):
         # a study with two patients is set aside whole: a result on a wrong patient is the worst result
         detail = "patient id, birth date or sex differ within one study"
-        for shared in headers.shared_by(slices).values():
+        for shared in kinds:
             if shared.study_uid in mixed:
                 found[shared.study_uid, shared.series_uid] = ScanError(ReasonCode.PATIENT_CONFLICT, detail)
     return found
 
 
-def _mixed_studies(slices: Iterable[SliceHeader]) -> set[str]:
+def _mixed_studies(kinds: Iterable[SharedHeader]) -> set[str]:
     """Studies with more than one patient: each slice counts, a single stray one taints its study."""
     patients: dict[str, set[tuple[str, str, str]]] = defaultdict(set)
-    for shared in headers.shared_by(slices).values():
+    for shared in kinds:
         patients[shared.study_uid].add(shared.patient)
     return {study for study, found in patients.items() if study and faults.differ(found)}
 
 
-def _torn_series(slices: Iterable[SliceHeader]) -> set[SeriesKey]:
+def _torn_series(kinds: Iterable[SharedHeader]) -> set[SeriesKey]:
     """Series whose UID one patient has in several studies: one series, torn by whoever changed them."""
     studies: dict[tuple[object, ...], set[SeriesKey]] = defaultdict(set)
-    for shared in headers.shared_by(slices).values():
+    for shared in kinds:
         one = (shared.series_uid, shared.frame_of_reference, shared.patient)
         studies[one].add((shared.study_uid, shared.series_uid))
     return {key for found in studies.values() if len(found) > 1 for key in found}
@@ -215,18 +221,11 @@ class _Group:
 
 def _account(series: Sequence[Series], members: Sequence[SliceHeader]) -> list[FileEntry]:
     """One entry for each file of one SeriesInstanceUID; a file that several volumes share is used if one of them is."""
-    owner: dict[str, Series] = {}
-    for one in series:
-        for name in one.files:
-            if name not in owner or not owner[name].usable:
-                owner[name] = one
-    entries = []
-    for header in members:
-        if header.frame:
-            continue
-        if (found := owner.get(header.path)) is not None:
-            entries.append(entry_of(header, found.outcome, found.codes[0] if found.codes else None, found.detail))
-        else:
-            detail = "localizer: turned against the other slices of its series"
-            entries.append(entry_of(header, Outcome.SKIP, ReasonCode.NOT_VOLUME, detail))
-    return entries
+    fate: dict[str, Fate] = {}
+    used = [one for one in reversed(series) if one.usable]
+    for one in (*(each for each in series if not each.usable), *used):  # the last to claim a file owns it
+        fate |= dict.fromkeys(one.files, (one.outcome, one.codes[0] if one.codes else None, one.detail))
+    study, uid = members[0].shared.study_uid, members[0].shared.series_uid
+    return [
+        FileEntry(one.path, *fate.get(one.path, TURNED), uid, one.sop_uid, study) for one in members if not one.frame
+    ]

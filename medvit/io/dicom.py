@@ -50,9 +50,10 @@ def check_headers(slices: Sequence[SliceHeader], *, assume_hu: bool = False) -> 
     Raises:
         ScanError: the first fault that forbids using the series, and the files that have it.
     """
-    if faults.differ(each.patient for each in headers.shared_by(slices).values()):
+    kinds = headers.shared_by(slices)
+    if faults.differ(each.patient for each in kinds.values()):
         raise ScanError(ReasonCode.PATIENT_CONFLICT, "patient id, birth date or sex differ between slices")
-    shared = {key: faults.shared_faults(each) for key, each in headers.shared_by(slices).items()}
+    shared = {key: faults.shared_faults(each) for key, each in kinds.items()}
     if not any(shared.values()) and not any(faults.slice_faults(one, assume_hu=assume_hu) for one in slices):
         return ()
     found = [
@@ -92,12 +93,13 @@ def examine(part: grouping.Part, flags: tuple[ReasonCode, ...], *, assume_hu: bo
         affine, shape, _ = geometry.straightened(affine, shape)
     if np.prod(shape, dtype=float) > faults.MAX_VOXELS:
         raise ScanError(ReasonCode.RESOURCE_LIMIT, f"{shape[0]} x {shape[1]} x {shape[2]} voxels")
-    if part.phase or len({each.scan.kernel for each in headers.shared_by(slices).values()}) > 1:
+    kinds = headers.shared_by(slices).values()
+    if part.phase or len({each.scan.kernel for each in kinds}) > 1:
         codes.append(ReasonCode.MULTIPHASE)
     step_mm = float(np.linalg.norm(affine[:3, 2]))
     if len(slices) > 1 and first.thickness_mm and step_mm > GAP_SHARE * first.thickness_mm:
         codes.append(ReasonCode.SLICE_GAPS)
-    if assume_hu and not all(each.rescale_tags for each in headers.shared_by(slices).values()):
+    if assume_hu and not all(each.rescale_tags for each in kinds):
         codes.append(ReasonCode.RESCALE_MISSING)
     ordered = tuple(slices[index] for index in stack.order)
     return Volume(ordered, stack, tuple(dict.fromkeys(codes)), affine, shape)

@@ -11,7 +11,7 @@ import gc
 import hashlib
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from operator import itemgetter
@@ -73,14 +73,16 @@ def scan_folder(
     if not root.is_dir():
         seen = "a file" if root.exists() else "nothing"
         raise UsageError(f"{root}: expected a folder with CT, saw {seen} there. Check the path and that it is mounted.")
-    listing = _Listing(root, assume_hu=assume_hu, settled_s=settled_s, progress=progress)
     with _no_garbage():
+        listing = _Listing(root, assume_hu=assume_hu, settled_s=settled_s, progress=progress)
         if index is None:
             listing.walk(None)
         else:
             with Index(index, root, listing.reader) as known:
                 listing.walk(known)
-        return listing.inventory()
+        found = listing.inventory()
+        del listing  # Python will look through all that is there
+    return found
 
 
 @contextmanager
@@ -126,11 +128,9 @@ class _Listing:
             return
         files, folders, changed = list[Known](), list[str](), False
         prefix = f"{folder}/" if folder else ""
-        for item, before in _beside(items, index.known(folder) if index is not None else iter(())):
-            if item is None:
-                changed = True
-                continue
-            path = prefix + item.name
+        known = {each[0]: each for each in index.known(folder)} if index is not None else {}
+        for item in items:
+            path, before = prefix + item.name, known.pop(item.name, None)
             if item.is_dir(follow_symlinks=False):
                 folders.append(path)
                 changed |= before is not None
@@ -144,7 +144,7 @@ class _Listing:
             if (found := self._file(item, path)) is not None:
                 files.append((item.name, _stamp(item) if index is not None else (0, 0, 0), found))
                 changed = True
-        if index is not None and changed:
+        if index is not None and (changed or known):  # what is left is gone
             index.keep(folder, files)
         self.folders += reversed(folders)
 
@@ -205,25 +205,6 @@ class _Listing:
 
 def _silent(path: str) -> None:
     pass
-
-
-def _beside(
-    items: Iterable[os.DirEntry[str]], known: Iterator[Known]
-) -> Iterator[tuple[os.DirEntry[str] | None, Known | None]]:
-    """Each item of a folder beside what the index knows under its name, one of them None; both come sorted."""
-    before = next(known, None)
-    for item in items:
-        while before is not None and before[0] < item.name:
-            yield None, before
-            before = next(known, None)
-        if before is not None and before[0] == item.name:
-            yield item, before
-            before = next(known, None)
-        else:
-            yield item, None
-    if before is not None:
-        yield None, before
-        yield from ((None, gone) for gone in known)
 
 
 def _stamp(item: os.DirEntry[str]) -> Stamp:

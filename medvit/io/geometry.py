@@ -63,7 +63,8 @@ def slice_normal(orientation: Floats) -> Floats:
         raise ScanError(
             ReasonCode.ORIENTATION_INVALID, f"direction cosines are not orthonormal (off by {deviation:.3g})"
         )
-    normal: Floats = np.cross(row, column)
+    (a, b, c), (u, v, w) = row, column  # np.cross takes fifty times as long
+    normal: Floats = np.array([b * w - c * v, c * u - a * w, a * v - b * u])
     return normal / np.linalg.norm(normal)
 
 

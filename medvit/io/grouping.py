@@ -34,9 +34,6 @@ PHASES: Mapping[str, Callable[[SliceHeader], object]] = {
 }
 """What tells volumes at the same positions apart: asked in this order."""
 
-OF_THE_SLICE = {"acquisition", "temporal position", "acquisition time", "content time", "trigger time"}
-"""Questions that slices of one shared header may answer differently."""
-
 FEWEST = 3
 """Slices that make a volume of their own beside another; one or two are a scout or a stray."""
 
@@ -77,12 +74,12 @@ def split(slices: Slices) -> Parts:
 
 def _by_grid(slices: Slices) -> tuple[list[list[SliceHeader]], list[SliceHeader]]:
     """One list per direction, matrix, pixel spacing and frame of reference; and localizers."""
-    buckets: dict[tuple[object, ...], list[SliceHeader]] = defaultdict(list)
     keys = {number: _grid_key(shared) for number, shared in shared_by(slices).items()}
+    if len(set(keys.values())) == 1:
+        return [list(slices)], []
+    buckets: dict[tuple[object, ...], list[SliceHeader]] = defaultdict(list)
     for one in slices:
         buckets[keys[id(one.shared)]].append(one)
-    if len(buckets) == 1:
-        return [list(slices)], []
     main, *others = sorted(buckets.values(), key=lambda bucket: (-len(bucket), bucket[0].sop_uid))
     grids, localizers = [main], []
     for other in others:
@@ -164,10 +161,11 @@ def _by_phase(slices: Slices, phase: str, questions: list[str]) -> list[Part]:
     """Split by the first question whose answers make volumes, and each of those further."""
     whole = Part(tuple(slices), phase)
     repeats = len(_positions(slices)) < len(slices)
-    few = list({id(one.shared): one for one in slices}.values())
+    # of slices that are alike in all that is asked, one will do
+    few = list({(id(one.shared), one.acquisition, one.temporal, one.times): one for one in slices}.values())
     for number, question in enumerate(questions):
         ask = PHASES[question]
-        if len({ask(one) for one in (slices if question in OF_THE_SLICE else few)}) == 1:
+        if len({ask(one) for one in few}) == 1:
             continue
         answers: dict[object, list[SliceHeader]] = defaultdict(list)
         for one in slices:

@@ -23,7 +23,7 @@ from typing import Any
 from medvit.io.headers import HeaderReader, SharedHeader, SharedKey, SliceHeader
 from medvit.records import ReasonCode, ScanError
 
-FORMAT = 3
+FORMAT = 4
 """Raised when rows change meaning: an older index is thrown away."""
 
 _TABLES = """
@@ -124,8 +124,8 @@ class Index:
             if frame < 0:  # a file that is no slice, and why
                 yield row[0], row[1], ScanError(ReasonCode(row[3]), row[4], (prefix + row[0],))
                 continue
-            header = shared.get(row[-1]) or self._load(row[-1])
-            found.append(SliceHeader._make((prefix + name, *row[2:11], stamp[:2], row[11], header)))
+            header = shared.get(row[4]) or self._load(row[4])
+            found.append(SliceHeader._make((prefix + name, *row[3], header)))
         if found:
             yield name, stamp, found
 
@@ -162,8 +162,8 @@ class Index:
             return []
         if isinstance(found, ScanError):
             return [] if found.code in _PASSING else [(name, stamp, -1, str(found.code), found.detail)]
-        # path, stamp and shared header go another way
-        return [(name, stamp, *one[1:10], one.damaged, self._number(one.shared)) for one in found]
+        # the path and the shared header go another way
+        return [(name, stamp, one.frame, one[1:-1], self._number(one.shared)) for one in found]
 
     def _number(self, shared: SharedHeader) -> int:
         """What names a shared header in the index: a hash of its content, so that two writers cannot disagree."""
