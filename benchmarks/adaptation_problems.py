@@ -41,7 +41,7 @@ DIGIT_PX, DIGIT_PATCH = 28, 7
 VARIANTS = 16
 """Of each digit that is trained on, turned, shifted and zoomed as much as medvit's augmentation does by default."""
 
-PHANTOM = {"patients_per_source_site": 60, "target": 120, "judged": 120}
+PHANTOM = {"patients_per_source_site": 150, "target": 300, "judged": 200}
 PHANTOM_PX, PHANTOM_PATCH, PHANTOM_SLICES = 64, 8, 4
 PHANTOM_WINDOW = (-600.0, 1500.0)
 """The lung's: level and width, HU."""

@@ -45,8 +45,11 @@ DECISIVE: dict[Part, tuple[str, ...]] = {
 FIRST = {"lr": 1e-3, "backbone_lr": 1e-3}
 """Rates of the small models while they learn the labelled source from scratch, before any method comes in."""
 
+FIRST_TIMES: dict[Part, int] = {"digits": 2, "phantom": 1, "ct": 0}
+"""For how many times the method's epochs; 0: the model is pretrained already."""
+
 THEN: dict[Part, dict[str, float]] = {
-    "digits": {"lr": 1e-3, "backbone_lr": 1e-3},
+    "digits": {"lr": 1e-2, "backbone_lr": 3e-4},
     "phantom": {"lr": 3e-3, "backbone_lr": 1e-4},
     "ct": {"lr": 1e-3, "backbone_lr": 3e-5},
 }
@@ -64,7 +67,7 @@ class Settings:
         method: source (alone), dann, cdan, mmd, or oracle (which is given the target's training labels).
         seed: of cases, weights and order.
         strength: weight of the adaptation.
-        epochs: through the labelled source: of the source alone, and then again of the method (ct: of the last stage).
+        epochs: of the method, through the labelled source (ct: of the last stage).
         batch: labelled source cases per step; those of the target come on top of them.
     """
 
@@ -79,7 +82,8 @@ class Settings:
 
 def first_stages(settings: Settings) -> tuple[Stage, ...]:
     """The source alone, the same for all methods; none for a model that is pretrained already."""
-    return () if settings.part == "ct" else (Stage(epochs=settings.epochs, **FIRST),)
+    times = FIRST_TIMES[settings.part]
+    return (Stage(epochs=times * settings.epochs, **FIRST),) if times else ()
 
 
 def stages(settings: Settings) -> tuple[Stage, ...]:
