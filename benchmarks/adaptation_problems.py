@@ -42,7 +42,7 @@ VARIANTS = 16
 """Of each digit that is trained on, turned, shifted and zoomed as much as medvit's augmentation does by default."""
 
 PHANTOM = {"patients_per_source_site": 150, "target": 300, "judged": 200}
-PHANTOM_PX, PHANTOM_PATCH, PHANTOM_SLICES = 64, 8, 4
+PHANTOM_PX, PHANTOM_PATCH, PHANTOM_SLICES, PHANTOM_DRAWS = 64, 8, 4, 2
 PHANTOM_WINDOW = (-600.0, 1500.0)
 """The lung's: level and width, HU."""
 
@@ -103,6 +103,7 @@ class Problem:
         target_judged: judged once; the very cases of `target` where there are too few to hold any out.
         classes: K.
         draws: slices per case and step in training.
+        shown: slices per case when judged, the first ones.
         build: an untrained classifier, from torch's current seed.
         score: (labels (N,), probabilities (N, K)) -> figure of merit.
     """
@@ -113,6 +114,7 @@ class Problem:
     target_judged: Cases
     classes: int
     draws: int
+    shown: int
     build: Callable[[], CtClassifier]
     score: Callable[[Labels, Values], float]
 
@@ -155,7 +157,7 @@ def digits(data: Path, direction: str, seed: int) -> Problem:
     held_out = [judged.take(np.arange(DIGITS["judged"])) for _, judged in pools]
     source, source_judged, target, target_judged = normalised(source, held_out[0], target, held_out[1])
     build = small_vit(DIGIT_PX, DIGIT_PATCH, 1, 10, "mean")
-    return Problem(source, source_judged, target, target_judged, 10, 1, build, accuracy)
+    return Problem(source, source_judged, target, target_judged, 10, 1, 1, build, accuracy)
 
 
 def _digit_pool(folder: Path, name: str, site: int) -> tuple[Cases, Cases]:
@@ -209,7 +211,7 @@ def phantom_sites(seed: int, target_site: phantom.SitePhysics = TARGET_SITE) -> 
         for number, (count, sites, first) in enumerate(people)
     ]
     build = small_vit(PHANTOM_PX, PHANTOM_PATCH, 1, 2, "attention")
-    return Problem(*normalised(*rendered), 2, PHANTOM_SLICES, build, auroc_of_last)
+    return Problem(*normalised(*rendered), 2, PHANTOM_DRAWS, PHANTOM_SLICES, build, auroc_of_last)
 
 
 def _phantom_cases(
@@ -228,7 +230,7 @@ def two_makers(data: Path, weights: Path) -> Problem:
     """Contrast agent on single slices: Siemens with labels, all of GE without, GE judged once (transductive)."""
     source, target = (ct_cases(data, weights, maker) for maker in ("SIEMENS", "GE MEDICAL SYSTEMS"))
     return Problem(
-        source, source.take(np.arange(0)), target, target, 2, 1, partial(_ct_classifier, weights), auroc_of_last
+        source, source.take(np.arange(0)), target, target, 2, 1, 1, partial(_ct_classifier, weights), auroc_of_last
     )
 
 

@@ -37,7 +37,10 @@ STRENGTH = {"source": 0.0, "oracle": 0.0, "dann": 1.0, "cdan": 1.0, "mmd": 0.1}
 
 DECISIVE: dict[Part, tuple[str, ...]] = {
     "digits": ("DIGITS", "DIGIT_PX", "DIGIT_PATCH", "VARIANTS", "SMALL"),
-    "phantom": ("PHANTOM", "PHANTOM_PX", "PHANTOM_PATCH", "PHANTOM_SLICES", "PHANTOM_WINDOW", "TARGET_SITE", "SMALL"),
+    "phantom": (
+        *("PHANTOM", "PHANTOM_PX", "PHANTOM_PATCH", "PHANTOM_SLICES", "PHANTOM_DRAWS", "PHANTOM_WINDOW"),
+        *("TARGET_SITE", "SMALL"),
+    ),
     "ct": ("CT_PX", "CT_CUT"),
 }
 """What of `adaptation_problems` decides a part."""
@@ -50,7 +53,7 @@ FIRST_TIMES: dict[Part, int] = {"digits": 2, "phantom": 1, "ct": 0}
 
 THEN: dict[Part, dict[str, float]] = {
     "digits": {"lr": 1e-2, "backbone_lr": 3e-4},
-    "phantom": {"lr": 3e-3, "backbone_lr": 1e-4},
+    "phantom": {"lr": 1e-2, "backbone_lr": 1e-4},
     "ct": {"lr": 1e-3, "backbone_lr": 3e-5},
 }
 """Rates of what follows, for all methods: of head and discriminator, and of the backbone. Those of ct are those of
@@ -202,10 +205,10 @@ def _dataset(cases: Cases, labels: Labels, draws: int, seed: int) -> CaseDataset
 
 def _judge(classifier: CtClassifier, problem: Problem) -> dict[str, Any]:
     """On cases that were not trained on; the information on those that were, without labels."""
-    blind, _ = look(classifier, problem.target, problem.draws)
-    probabilities, target = look(classifier, problem.target_judged, problem.draws)
+    blind, _ = look(classifier, problem.target, problem.shown)
+    probabilities, target = look(classifier, problem.target_judged, problem.shown)
     held_out = problem.source_judged if len(problem.source_judged) else problem.source
-    at_source, source = look(classifier, held_out, problem.draws)
+    at_source, source = look(classifier, held_out, problem.shown)
     patients = np.concatenate(
         [np.char.add(f"{n}", held.patients) for n, held in enumerate((held_out, problem.target_judged))]
     )
@@ -220,12 +223,12 @@ def _judge(classifier: CtClassifier, problem: Problem) -> dict[str, Any]:
     }
 
 
-def look(classifier: CtClassifier, cases: Cases, draws: int) -> tuple[Values, Values]:
-    """Probabilities (N, K) and pooled features (N, D), from the first `draws` slices of each."""
+def look(classifier: CtClassifier, cases: Cases, shown: int) -> tuple[Values, Values]:
+    """Probabilities (N, K) and pooled features (N, D), from the first `shown` slices of each."""
     found = []
     with torch.inference_mode():
         for start in range(0, len(cases), 128):
-            values = torch.from_numpy(cases.values[start : start + 128, :draws])
+            values = torch.from_numpy(cases.values[start : start + 128, :shown])
             output = classifier(values, torch.ones(values.shape[:2], dtype=torch.bool))
             found.append((output.logits.softmax(dim=1), output.pooled))
     probabilities, pooled = (torch.cat(part).numpy() for part in zip(*found, strict=True))

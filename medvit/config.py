@@ -91,6 +91,12 @@ class ObjectiveConfig(_Section):
     mixup: float = Field(0.0, ge=0, description="Beta(a, a) of the mixing share; 0: off, 0.2 is usual")
     cutmix: float = Field(0.0, ge=0, description="the same for pasted boxes, 1.0 is usual; with both, one per batch")
     strength: float = Field(1.0, ge=0, description="weight of the adaptation: 1 for dann and cdan, 0.1 for mmd")
+    begin: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="share of the steps in which the source is learned alone, before adaptation comes in",
+    )
     discriminator_width: int = Field(256, gt=0, description="hidden units of the domain head of dann and cdan")
     entropy: bool = Field(True, description="cdan: confident cases count more (CDAN+E)")
     kernel: Literal["rbf", "linear"] = Field("rbf", description="mmd: several bandwidths around the median, or linear")

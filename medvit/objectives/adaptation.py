@@ -65,7 +65,7 @@ class Dann(nn.Module):
 
     def forward(self, cases: Cases, progress: float) -> dict[str, Tensor]:
         """`loss`, summed over all cases; `domain_loss`, `domain_accuracy`, `alpha`."""
-        alpha = reversal(progress)
+        alpha = reversal(max(0.0, progress))
         logits = self.discriminator(reverse_gradient(cases.pooled, alpha * self.strength))
         return discriminate(logits, cases.domains) | {"alpha": logits.new_tensor(alpha)}
 
@@ -105,7 +105,7 @@ class Cdan(nn.Module):
         """As Dann."""
         probabilities = cases.logits.detach().softmax(dim=1)
         weights = entropy_weights(probabilities, cases.labelled) if self.entropy else None
-        alpha = reversal(progress)
+        alpha = reversal(max(0.0, progress))
         joined = self._join(cases.pooled, probabilities)
         logits = self.discriminator(reverse_gradient(joined, alpha * self.strength))
         return discriminate(logits, cases.domains, weights) | {"alpha": logits.new_tensor(alpha)}
@@ -143,7 +143,7 @@ class Mmd(nn.Module):
             estimate = mmd2(source, target, kernel=self.kernel, unbiased=self.unbiased)
         else:
             estimate = 0 * cases.pooled.sum()
-        return {"loss": self.strength * estimate, "mmd": estimate.detach()}
+        return {"loss": self.strength * (progress >= 0) * estimate, "mmd": estimate.detach()}
 
 
 def reversal(progress: float) -> float:
@@ -202,7 +202,8 @@ def entropy_weights(probabilities: Tensor, labelled: Tensor) -> Tensor:
 
 
 Term = Dann | Cdan | Mmd
-"""What is added to the cross-entropy: `total(label)` is its normaliser, `forward(cases, progress)` its sum."""
+"""What is added to the cross-entropy: `total(label)` is its normaliser, `forward(cases, progress)` its sum. Progress is
+that of the adaptation: below 0 it has not begun, and the model must feel nothing of it."""
 
 
 class Adaptation(Objective):
@@ -237,6 +238,7 @@ class Adaptation(Objective):
         self.learning = ClassLearning(config, task)
         self.term = term(classifier.backbone.width, config, task)
         self.domains = task.domains
+        self.begin = config.begin
 
     def totals(self, batch: Batch) -> Tensor:
         """Sum of the class weights of labelled cases, and what the term is divided by, (2,)."""
@@ -248,7 +250,7 @@ class Adaptation(Objective):
         domains = learned.mixed.targets(batch["domain"], self.domains)
         labelled = batch["label"] != UNLABELLED
         cases = Cases(learned.output.pooled, learned.output.logits, domains, labelled)
-        adapted: dict[str, Tensor] = self.term(cases, progress)
+        adapted: dict[str, Tensor] = self.term(cases, (progress - self.begin) / (1 - self.begin))
         loss = learned.loss / batch["totals"][0] + adapted.pop("loss") / batch["totals"][1]
         class_loss = learned.loss.detach() / self.learning.total(batch["label"]).clamp_min(1e-12)  # perhaps no label
         return {"loss": loss, "logits": learned.logits, "class_loss": class_loss, **adapted}

@@ -97,6 +97,27 @@ def test_strength_zero_leaves_the_classifier_alone_and_a_probe_learning(adapt, b
     }
 
 
+# the source first
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_before_it_begins_the_classifier_learns_as_without_adaptation(adapt, batch, name):
+    early, late, never = (adapt(name, **setting) for setting in ({"begin": 0.4}, {"begin": 0.3}, {"strength": 0.0}))
+    found, later, alone = (
+        gradients(objective.classifier, run(objective, batch, 0.39)["loss"]) for objective in (early, late, never)
+    )
+    for parameter, gradient in alone.items():
+        torch.testing.assert_close(found[parameter], gradient, rtol=0, atol=0)
+    assert any((later[parameter] != gradient).any() for parameter, gradient in alone.items())
+
+
+@pytest.mark.parametrize("name", ADVERSARIES)
+def test_begin_counts_progress_from_there(adapt, batch, name):
+    objective = adapt(name, begin=0.4)
+    alphas = [float(run(objective, batch, progress)["alpha"]) for progress in (0.0, 0.4, 0.7, 1.0)]
+    assert alphas == pytest.approx([0, 0, reversal(0.5), reversal(1)])
+
+
 # the domain loss
 
 
