@@ -42,7 +42,7 @@ PROBLEMS: dict[Part, tuple[str, ...]] = {
 
 PLAN: dict[Part, dict[str, int]] = {
     "digits": {"seeds": 5, "epochs": 10, "batch": 32},
-    "phantom": {"seeds": 10, "epochs": 12, "batch": 12},
+    "phantom": {"seeds": 10, "epochs": 24, "batch": 12},
     "ct": {"seeds": 5, "epochs": 10, "batch": 8},
 }
 QUICK: dict[Part, dict[str, int]] = {
