@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import nbformat
@@ -7,17 +8,39 @@ from nbclient import NotebookClient
 NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
 
 
+SHORT = {"LEARN, ADAPT = 14, 42": "LEARN, ADAPT = 1, 2"}
+"""Epochs of a notebook -> epochs that show no more than that it runs."""
+
+
+def executed(path: Path, folder: Path, changes: dict[str, str], *further: str) -> nbformat.NotebookNode:
+    notebook = nbformat.read(path, as_version=4)
+    notebook.cells += [nbformat.v4.new_code_cell(source) for source in further]
+    for cell in notebook.cells:
+        for before, after in changes.items():
+            cell.source = cell.source.replace(before, after)
+    resources = {"metadata": {"path": str(folder)}}
+    NotebookClient(notebook, timeout=600, kernel_name="python3", resources=resources).execute()
+    return notebook
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_runs(path, tmp_path):
-    notebook = nbformat.read(path, as_version=4)
-    client = NotebookClient(
-        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
-    )
-    client.execute()
-    figures = [
-        output for cell in notebook.cells for output in cell.get("outputs", []) if "image/png" in output.get("data", {})
-    ]
-    assert len(figures) >= 2
+    cells = executed(path, tmp_path, SHORT).cells
+    outputs = [output for cell in cells for output in cell.get("outputs", [])]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) >= 2
+
+
+def test_short_epochs_are_those_of_a_notebook():
+    sources = [cell.source for path in NOTEBOOKS for cell in nbformat.read(path, as_version=4).cells]
+    assert all(any(before in source for source in sources) for before in SHORT)
+
+
+@pytest.mark.slow
+def test_adaptation_shows_what_the_notebook_says(tmp_path):
+    (path,) = (path for path in NOTEBOOKS if path.stem.startswith("02"))
+    told = executed(path, tmp_path, {}, "import json; print(json.dumps(found))").cells[-1].outputs
+    table = json.loads(told[0].text)
+    assert table["dann"]["mmd"] < 0.5 * table["supervised"]["mmd"]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
