@@ -54,10 +54,10 @@ FIRST_TIMES: dict[Part, int] = {"digits": 2, "phantom": 1, "ct": 0}
 THEN: dict[Part, dict[str, float]] = {
     "digits": {"lr": 1e-2, "backbone_lr": 3e-4},
     "phantom": {"lr": 1e-2, "backbone_lr": 1.5e-4},
-    "ct": {"lr": 1e-3, "backbone_lr": 3e-5},
+    "ct": {"lr": 1e-2, "backbone_lr": 3e-5},
 }
-"""Rates of what follows, for all methods: of head and discriminator, and of the backbone. Those of ct are those of
-configs/dann.yaml; the others were chosen on a seed of their own without a target label (README.md)."""
+"""Rates of what follows, for all methods: of head and discriminator, and of the backbone. Chosen on a seed of their own
+without a target label (README.md); those of ct are in configs/dann.yaml."""
 
 
 AVERAGED: dict[Part, float] = {"phantom": 0.98}

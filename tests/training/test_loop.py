@@ -46,7 +46,7 @@ def test_accumulated_gradient_is_that_of_the_large_batch(
 def reference_loop(objective, dataset, config: TrainingConfig) -> tuple[Weights, list[Tensor]]:
     """One stage by plain torch: groups of batches, each divided by all its cases, clipped once, one step."""
     (stage,) = config.stages
-    optimizer = torch.optim.AdamW(parameter_groups(objective, stage))
+    optimizer = torch.optim.AdamW(parameter_groups(objective, stage), fused=True)
     steps = math.ceil(math.ceil(len(dataset) / config.batch_size) / config.accumulate)
     factor = course(stage, steps * stage.epochs)
     peaks = [group["lr"] for group in optimizer.param_groups]
