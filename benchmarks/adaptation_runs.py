@@ -57,7 +57,7 @@ THEN: dict[Part, dict[str, float]] = {
     "ct": {"lr": 1e-2, "backbone_lr": 3e-5},
 }
 """Rates of what follows, for all methods: of head and discriminator, and of the backbone. Chosen on a seed of their own
-without a target label (README.md); those of ct are in configs/dann.yaml."""
+without a target label (README.md)."""
 
 
 AVERAGED: dict[Part, float] = {"phantom": 0.98}

@@ -338,7 +338,10 @@ def _explain(error: ValidationError) -> str:
         if item["type"] == "extra_forbidden":
             lines.append(f"unknown config key {'.'.join(where)!r}.{_hint(where)}")
         else:
-            lines.append(f"config key {'.'.join(where) or 'config'!r}: {item['msg']} (saw {item['input']!r}).")
+            # a rule about several keys names them itself; what it saw is the whole section
+            whole = item["type"] == "value_error" and isinstance(item["input"], dict)
+            seen = "" if whole else f" (saw {item['input']!r})"
+            lines.append(f"config key {'.'.join(where) or 'config'!r}: {item['msg']}{seen}.")
     return "\n".join(dict.fromkeys(lines))
 
 

@@ -145,3 +145,9 @@ def test_every_shipped_config_loads_and_opens_with_what_it_is(name):
     path = shipped_configs()[name]
     assert load_config(name) == load_config(path)
     assert path.read_text().startswith("#")
+
+
+def test_a_rule_about_several_keys_does_not_recite_the_config():
+    with pytest.raises(UsageError, match=r"leave out data\.folds") as raised:
+        load_config("dann", ["data.target_sites=[Harbour]", "data.folds=2"])
+    assert len(str(raised.value)) < 200
