@@ -65,7 +65,7 @@ class Dann(nn.Module):
 
     def forward(self, cases: Cases, progress: float) -> dict[str, Tensor]:
         """`loss`, summed over all cases; `domain_loss`, `domain_accuracy`, `alpha`."""
-        alpha = reversal(max(0.0, progress))
+        alpha = reversal(progress)
         logits = self.discriminator(reverse_gradient(cases.pooled, alpha * self.strength))
         return discriminate(logits, cases.domains) | {"alpha": logits.new_tensor(alpha)}
 
@@ -105,7 +105,7 @@ class Cdan(nn.Module):
         """As Dann."""
         probabilities = cases.logits.detach().softmax(dim=1)
         weights = entropy_weights(probabilities, cases.labelled) if self.entropy else None
-        alpha = reversal(max(0.0, progress))
+        alpha = reversal(progress)
         joined = self._join(cases.pooled, probabilities)
         logits = self.discriminator(reverse_gradient(joined, alpha * self.strength))
         return discriminate(logits, cases.domains, weights) | {"alpha": logits.new_tensor(alpha)}
@@ -147,8 +147,11 @@ class Mmd(nn.Module):
 
 
 def reversal(progress: float) -> float:
-    """How strongly gradients are reversed at a progress of 0..1: from 0 to nearly 1 (Ganin et al. 2016, 5.2.2)."""
-    return 2 / (1 + math.exp(-10 * progress)) - 1
+    """How strongly gradients are reversed at a progress of 0..1: from 0 to nearly 1 (Ganin et al. 2016, 5.2.2).
+
+    0 while adaptation has not begun, below 0.
+    """
+    return 2 / (1 + math.exp(-10 * max(0.0, progress))) - 1
 
 
 def reverse_gradient(values: Tensor, strength: float) -> Tensor:
