@@ -98,6 +98,9 @@ class ObjectiveConfig(_Section):
         description="share of the steps in which the source is learned alone, before adaptation comes in",
     )
     discriminator_width: int = Field(256, gt=0, description="hidden units of the domain head of dann and cdan")
+    discriminator_rate: float = Field(
+        10.0, gt=0, description="how many times as fast as the head of classes the domain head learns (dann, cdan)"
+    )
     entropy: bool = Field(True, description="cdan: confident cases count more (CDAN+E)")
     kernel: Literal["rbf", "linear"] = Field("rbf", description="mmd: several bandwidths around the median, or linear")
     unbiased: bool = Field(False, description="mmd: the unbiased estimate, which can be below zero")

@@ -242,6 +242,11 @@ class Adaptation(Objective):
         self.term = term(classifier.backbone.width, config, task)
         self.domains = task.domains
         self.begin = config.begin
+        self.discriminator_rate = config.discriminator_rate
+
+    def rate_of(self, name: str) -> float:
+        """The discriminator learns at a rate of its own: an opponent that lags behind teaches nothing."""
+        return self.discriminator_rate if name.startswith("term.") else 1.0
 
     def totals(self, batch: Batch) -> Tensor:
         """Sum of the class weights of labelled cases, and what the term is divided by, (2,)."""

@@ -53,5 +53,9 @@ class Objective(nn.Module):
         """
         raise NotImplementedError
 
+    def rate_of(self, name: str) -> float:
+        """How many times as fast as pooling and head a parameter learns that is not the backbone's."""
+        return 1.0
+
     def after_step(self) -> None:
         """Called after each optimizer step."""

@@ -16,6 +16,8 @@ from medvit.objectives import Objective
 BACKBONE = "classifier.backbone."
 """How names of the backbone's parameters begin within an objective."""
 
+KINDS = ("other", "head", "backbone")
+"""Names of parameter groups, in the order in which they come."""
 
 LAYER_RATES: dict[Literal["flat", "decay", "multiplier"], Callable[[Stage, int, int], float]] = {
     "flat": lambda _stage, _below, _level: 1.0,
@@ -28,9 +30,10 @@ LAYER_RATES: dict[Literal["flat", "decay", "multiplier"], Callable[[Stage, int, 
 def parameter_groups(objective: Objective, stage: Stage) -> list[dict[str, Any]]:
     """Trainable parameters, each in exactly one group: by rate, and decayed or not.
 
-    Whatever is not the backbone's (pooling, head, discriminator) is named `head`. Groups named `backbone` come last and
-    in rising order of their rates: the last one is the top block's. Only weight matrices and kernels are decayed: no
-    bias, norm, token, position embedding or LayerScale.
+    Pooling and head are named `head`, and `other` what the objective has beside the classifier (a discriminator) and
+    wants to learn at a rate of its own. Groups named `backbone` come last and in rising order of their rates: the last
+    one is the top block's. Only weight matrices and kernels are decayed: no bias, norm, token, position embedding or
+    LayerScale.
 
     Raises:
         UsageError: layer-wise rates for a model whose blocks timm does not tell apart.
@@ -39,21 +42,23 @@ def parameter_groups(objective: Objective, stage: Stage) -> list[dict[str, Any]]
     names = {id(parameter): name for name, parameter in backbone.model.named_parameters()}
     rates = _backbone_rates(objective, stage)
     spared = backbone.no_weight_decay()
-    groups: dict[tuple[bool, float, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[int, float, bool], list[nn.Parameter]] = {}
     for name, parameter in objective.named_parameters():
         if parameter.requires_grad:
             inside = names.get(id(parameter))
             decayed = name.endswith("weight") and parameter.ndim > 1 and inside not in spared
-            rate = stage.lr if inside is None else rates[inside]
-            groups.setdefault((inside is not None, rate, decayed), []).append(parameter)
+            share = objective.rate_of(name)
+            kind = "backbone" if inside else "head" if share == 1 else "other"
+            rate = rates[inside] if inside else share * stage.lr
+            groups.setdefault((KINDS.index(kind), rate, decayed), []).append(parameter)
     return [
         {
-            "name": "backbone" if in_backbone else "head",
+            "name": KINDS[kind],
             "params": members,
             "lr": rate,
             "weight_decay": stage.weight_decay if decayed else 0.0,
         }
-        for (in_backbone, rate, decayed), members in sorted(groups.items(), key=lambda item: item[0])
+        for (kind, rate, decayed), members in sorted(groups.items(), key=lambda item: item[0])
     ]
 
 

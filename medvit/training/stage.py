@@ -17,7 +17,7 @@ from medvit.training.checkpoint import State, pack_optimizer, prefixed, under, u
 from medvit.training.optimizer import course, parameter_groups
 from medvit.training.step import Figures, MicroBatch, gradient
 
-RATES = {"head": "lr", "backbone": "lr_backbone"}
+RATES = {"head": "lr", "backbone": "lr_backbone", "other": "lr_other"}
 """What the rows of metrics call the learning rate of a parameter group."""
 
 
@@ -59,7 +59,7 @@ class StageTraining:
             group["lr"] = peak * self.factor(step)
 
     def rates(self) -> dict[str, float]:
-        """The highest rate of head and of backbone."""
+        """The highest rate of head, of backbone, and of what else learns."""
         found: dict[str, float] = {}
         for group in self.bare.param_groups:
             name = RATES[group["name"]]

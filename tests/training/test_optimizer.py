@@ -150,12 +150,13 @@ def test_minimum_is_a_share_of_each_groups_own_peak(objective):
 # groups
 
 
-def make(name: str, size: int = 32, **settings) -> Objective:
+def make(name: str, size: int = 32, learning: ObjectiveConfig | None = None, **settings) -> Objective:
     torch.manual_seed(0)
     options = SMALL if "siglip" in name else MODELS.get(name, {})
     config = ModelConfig(name=name, weights="none", options=options, **settings)
     classifier, _ = build_classifier(config, size=size, channels=3, classes=2)
-    return OBJECTIVES["supervised"](classifier, ObjectiveConfig(), Task((1, 1)))
+    learning = learning or ObjectiveConfig()
+    return OBJECTIVES[learning.name](classifier, learning, Task((1, 1), domains=2))
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -285,6 +286,15 @@ def test_other_modules_of_an_objective_learn_like_the_head():
     found = {id(p): group for group in parameter_groups(objective, STAGE) for p in group["params"]}
     for parameter in objective.discriminator.parameters():
         assert (found[id(parameter)]["name"], found[id(parameter)]["lr"]) == ("head", 1e-3)
+
+
+@pytest.mark.parametrize("name", ["dann", "cdan"])
+def test_domain_head_learns_at_a_rate_of_its_own_and_nothing_else_does(name):
+    objective = make("vit_tiny_patch16_224", learning=ObjectiveConfig(name=name, discriminator_rate=30))
+    objective.classifier.set_trainable("top", 1)
+    for parameter, rate in setting(objective, STAGE, "lr").items():
+        expected = 3e-2 if ".discriminator." in parameter else 1e-5 if ".backbone." in parameter else 1e-3
+        assert rate == pytest.approx(expected), parameter
 
 
 def test_layer_rates_of_a_model_whose_blocks_nobody_tells_apart_are_refused():
