@@ -151,3 +151,10 @@ def test_a_rule_about_several_keys_does_not_recite_the_config():
     with pytest.raises(UsageError, match=r"leave out data\.folds") as raised:
         load_config("dann", ["data.target_sites=[Harbour]", "data.folds=2"])
     assert len(str(raised.value)) < 200
+
+
+def test_last_stage_is_of_the_size_that_the_model_is_used_at(empty):
+    early = load_config(empty, ["training.stages.0.size=112", "training.stages.1.size=224"])
+    assert [stage.size for stage in early.training.stages] == [112, 224]
+    with pytest.raises(UsageError, match=r"the last one trains at 112 px.*leave out its size"):
+        load_config(empty, ["training.stages.1.size=112"])

@@ -94,3 +94,24 @@ def test_a_stage_of_another_size_reaches_workers(dataset):
         dataset.size = size
         batches = DataLoader(dataset, batch_size=3, collate_fn=collate, num_workers=2)
         assert [batch["input"].shape[-2:] for batch in batches] == [(size, size)]
+
+
+def test_transform_is_that_of_the_size(cases):
+    class Sized:
+        def __init__(self, size):
+            self.size = size
+
+        def set_random_state(self, seed):
+            pass
+
+        def __call__(self, slices):
+            assert slices.shape[-1] == self.size
+            return torch.full((len(slices), 1, self.size, self.size), float(self.size))
+
+    def load(_case):
+        return np.zeros((4, 24, 24), np.int16)
+
+    dataset = CaseDataset(cases, load, np.zeros(3, int), slices=2, transform=Sized, seed=0)
+    for size in (16, 24, 16):
+        dataset.size = size
+        assert (dataset[0]["input"] == size).all()

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from medvit.config import load_config
 from medvit.models.classifier import CtClassifier, build_classifier
-from medvit.models.pooling import POOLINGS
+from medvit.models.pooling import POOLINGS, GatedAttention, MaxPooling, MeanPooling
 from medvit.records import UsageError
 
 VIT, SWIN, RESNET = "vit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "resnet10t"
@@ -282,3 +282,32 @@ def test_parameter_counts_tell_trainable_from_all(build):
     trunk = sum(p.numel() for p in classifier.backbone.parameters())
     assert trainable == total
     assert classifier.parameter_counts() == (total - trunk, total)
+
+
+@pytest.mark.parametrize("name", ["convnext_atto", "mobilenetv3_small_050"])  # head.norm, conv_head
+def test_heads_of_the_backbone_itself_are_frozen_with_it(name, build, slices):
+    classifier = build(name).train()
+    classifier.set_trainable("head")
+    assert [parameter for parameter, _ in classifier.backbone.model.named_parameters() if "head" in parameter]
+    assert learns(classifier, slices) == set()
+
+
+def test_pooled_is_one_vector_per_study_and_all_that_the_head_reads(build, slices):
+    classifier = build().eval()
+    output = classifier(slices, torch.tensor([[True, True, False], [True, True, True]]))
+    assert output.pooled.shape == (2, classifier.backbone.width)
+    torch.testing.assert_close(output.logits, classifier.head(output.pooled))
+
+
+@pytest.mark.parametrize(("name", "kind"), [("attention", GatedAttention), ("mean", MeanPooling), ("max", MaxPooling)])
+def test_pooling_is_the_one_that_was_asked_for(name, kind, build):
+    assert type(build(pooling=name).pooling) is kind
+
+
+def test_width_of_the_attention_pooling_is_the_one_that_was_asked_for(build):
+    pooling = build(pooling_width=24).pooling
+    assert pooling.value.out_features == pooling.gate.out_features == 24
+
+
+def test_dropout_of_the_linear_head_is_the_one_that_was_asked_for(build):
+    assert build(dropout=0.3).head[0].p == 0.3

@@ -374,3 +374,9 @@ def test_adaptation_raises_accuracy_at_a_site_without_labels(adapt):
     }
     assert accuracy["supervised"] < 0.85
     assert all(accuracy[name] > accuracy["supervised"] + 0.1 for name in METHODS), accuracy
+
+
+@pytest.mark.parametrize(("name", "joined"), [("dann", 8), ("cdan", 16)])
+def test_discriminator_has_the_width_that_was_asked_for(adapt, name, joined):
+    discriminator = adapt(name, discriminator_width=32).term.discriminator
+    assert [tuple(p.shape) for p in discriminator.parameters()] == [(32, joined), (32,), (3, 32), (3,)]

@@ -179,14 +179,49 @@ def sizes_seen(objective: Any) -> list[int]:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_each_stage_sees_its_size_and_the_last_one_the_full_one(workers, tmp_path):
+@pytest.mark.parametrize("epochs", [(2, 1), (1, 3)])  # a size that went by epoch / total would be right in one of them
+def test_each_stage_sees_its_size_and_the_last_one_the_full_one(epochs, workers, tmp_path):
     objective = make_objective()
-    stages = (Stage(name="small", epochs=2, size=16), Stage(name="full", epochs=1))
+    stages = (Stage(name="small", epochs=epochs[0], size=16), Stage(name="full", epochs=epochs[1]))
     seen = sizes_seen(objective)
     dataset = make_dataset(4, augmented=True)
     fit(objective, dataset, training(stages=stages), rising(), Run(folder=tmp_path, workers=workers))
-    assert seen == [16] * 4 + [32] * 2
+    assert seen == [16] * 2 * epochs[0] + [32] * 2 * epochs[1]
     assert objective.classifier.backbone.size == 32
+
+
+def test_refit_that_ends_in_a_small_stage_leaves_the_model_at_full_size(tmp_path):
+    stages = (Stage(name="small", epochs=2, size=16), Stage(name="full", epochs=1))
+    objective = make_objective()
+    shape = objective.classifier.backbone.model.pos_embed.shape
+    run = Run(folder=tmp_path, stop_after=1)
+    fit(objective, make_dataset(augmented=True), training(stages=stages), dict, run)
+    assert objective.classifier.backbone.size == 32
+    assert objective.classifier.backbone.model.pos_embed.shape == shape
+
+
+def test_position_embedding_learns_at_a_small_size(tmp_path):
+    stages = (Stage(name="small", epochs=3, size=16, lr=1e-2, backbone_lr=1e-2), Stage(name="full", epochs=1, lr=1e-9))
+    objective, only_resized = make_objective(), make_objective().classifier.backbone
+    fit(objective, make_dataset(augmented=True), training(stages=stages), rising(), Run(folder=tmp_path))
+    for px in (16, 32):
+        only_resized.set_size(px)
+    after = objective.classifier.backbone.model.pos_embed.detach()
+    assert (after - only_resized.model.pos_embed.detach())[:, 1:].abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(("select", "best"), [("best", 1), ("target", 2)])
+def test_target_labels_never_decide(select, best, tmp_path):
+    script = iter(((0.9, 0.1, 0.2), (0.8, 0.3, 0.3), (0.7, 0.2, 1.0)))
+
+    def validate() -> dict[str, float]:
+        auroc, information, oracle = next(script)
+        return {"auroc": auroc, "loss": 1.0, "target_information": information, "oracle_auroc": oracle}
+
+    config = training(select=select, stages=(Stage(epochs=3, lr=1e-2),))
+    history = fit(make_objective(), make_dataset(), config, validate, Run(folder=tmp_path))
+    assert history.best_epoch == best
+    assert [row["val_oracle_auroc"] for row in history.rows] == [0.2, 0.3, 1.0]
 
 
 def test_size_is_rounded_to_the_patch(tmp_path):

@@ -1,16 +1,19 @@
 import json
 import pickle
 import statistics
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file
 
-from medvit.config import Config
+from medvit.config import AugmentConfig, Config
 from medvit.data.cache import SliceCache
+from medvit.data.pipelines import window_statistics
 from medvit.data.splits import Fold
 from medvit.inference import load_bundle
 from medvit.models.bundle import open_bundle
@@ -268,3 +271,37 @@ def test_three_classes_have_no_threshold(root, tmp_path):
     assert model.info.threshold is None
     assert not recorder.points
     assert all(len(prediction.probabilities) == 3 for prediction in predictions)
+
+
+def with_data(experiment, **settings):
+    data = experiment.config.data.model_copy(update=settings)
+    return replace(experiment, config=experiment.config.model_copy(update={"data": data}))
+
+
+def test_normalisation_of_training_is_that_of_the_training_cases_alone(root, tmp_path):
+    experiment = with_data(make(root, tmp_path), normalise="training")
+    info = experiment.run_fold(FOLDS[0], 0)[2].info
+    slices = [experiment.slices.load(experiment.cases[index]) for index in FOLDS[0].train]
+    assert (info.mean, info.std) == window_statistics(slices, experiment.config.preprocessing.windows)
+
+
+def test_augmentation_of_the_config_reaches_the_training_cases(root, tmp_path):
+    plain, seen = make(root, tmp_path), []
+    for experiment in (plain, with_data(plain, augment=AugmentConfig())):
+        encoder = experiment._model(FOLDS[0].train).encoder
+        seen.append(experiment.material.dataset(encoder, FOLDS[0].train, FOLDS[0].target)[0]["input"])
+    assert seen[0].shape == seen[1].shape
+    assert not torch.equal(seen[0], seen[1])
+
+
+@pytest.mark.parametrize(
+    ("settings", "name", "value"), [({"sampling": "balanced"}, "balanced", True), ({"workers": 3}, "workers", 3)]
+)
+def test_sampling_and_workers_of_the_config_reach_the_fit(settings, name, value, root, tmp_path):
+    assert getattr(with_data(make(root, tmp_path), **settings)._run_settings(tmp_path), name) == value
+
+
+def test_seed_of_the_config_decides_the_slices_that_are_drawn(root, tmp_path):
+    experiment = make(root, tmp_path, seed=5)
+    encoder = experiment._model(FOLDS[0].train).encoder
+    assert experiment.material.dataset(encoder, FOLDS[0].train, FOLDS[0].target).seed == 5

@@ -166,6 +166,12 @@ def test_rates_of_head_and_backbone_are_in_the_metrics(make_objective, make_data
     assert (everything["lr"], everything["lr_backbone"]) == pytest.approx((1e-3, 1e-5))
 
 
+def test_each_groups_rate_ends_at_a_share_of_its_own_peak(make_objective, make_dataset, tmp_path):
+    stage = Stage(epochs=3, lr=1e-3, backbone_lr=1e-6, min_lr=0.01)
+    last = fit(make_objective(), make_dataset(), training(stages=(stage,)), rising(), Run(folder=tmp_path)).rows[-1]
+    assert (last["lr"], last["lr_backbone"]) == pytest.approx((1e-5, 1e-8))
+
+
 def test_metrics_are_strict_json_where_a_figure_is_undefined(make_objective, make_dataset, tmp_path):
     fit(make_objective(), make_dataset(), training(), scripted((math.nan, 0.5)), Run(folder=tmp_path))
 

@@ -280,6 +280,11 @@ def test_groups_made_after_a_change_of_size_hold_the_new_position_embedding():
     assert id(old) not in members
 
 
+def test_head_of_the_backbone_itself_learns_like_the_backbone():
+    rates = setting(make("convnext_atto"), STAGE, "lr")
+    assert rates[BACKBONE + "model.head.norm.weight"] == 1e-5
+
+
 def test_other_modules_of_an_objective_learn_like_the_head():
     objective = make("vit_tiny_patch16_224")
     objective.discriminator = nn.Linear(4, 2)

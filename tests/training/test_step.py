@@ -296,3 +296,16 @@ def test_last_good_checkpoint_survives_divergence(tmp_path):
     tensors, about = load(tmp_path / "last.safetensors")
     assert (about["position"]["epoch"], about["position"]["steps"]) == (1, 1)
     assert same(under("objective", tensors), seen[3])
+
+
+@pytest.mark.parametrize("part", [0, 1], ids=["batches", "draws"])
+def test_seed_decides_the_batches_and_what_is_drawn_in_them(part, tmp_path):
+    seen = []
+    for name, seed in (("a", 0), ("again", 0), ("b", 1)):
+        objective, calls = make_objective(), []
+        objective.register_forward_pre_hook(
+            lambda _, arguments, calls=calls: calls.append((arguments[0]["index"].tolist(), torch.initial_seed()))
+        )
+        fit(objective, make_dataset(8), training(seed=seed), rising(), Run(folder=tmp_path / name))
+        seen.append([call[part] for call in calls])
+    assert seen[0] == seen[1] != seen[2]

@@ -166,3 +166,24 @@ def test_judges_are_asked_for_nothing_where_nothing_is_known(root, tmp_path):  #
     experiment.run([unlabelled])
     found = json.loads((tmp_path / "adaptation.json").read_text())
     assert (found["target"], found["oracle"], found["oracle_epoch"]) == (None, None, 0)
+
+
+@pytest.mark.parametrize("select", ["best", "target"])
+def test_target_labels_do_not_reach_what_selects_the_epoch(select, root, tmp_path):  # noqa: F811
+    """They change the oracle and nothing else of what is written down."""
+
+    def right(labels, probabilities):
+        return float(probabilities[range(len(labels)), labels].mean())
+
+    flipped = [CLASSES[1 - CLASSES.index(label)] if index > 5 else label for index, label in enumerate(LABELS)]
+    seen = []
+    for name, labels in (("true", LABELS), ("flipped", flipped)):
+        experiment = towards(root, tmp_path / name, labels=labels, training__select=select)
+        experiment.judge = Judge(right, right)
+        seen.append(experiment.fit_fold(TOWARDS, tmp_path / name / "fit", name)[1])
+    left_out = {"val_oracle_auroc", "waiting_share"}
+    rows = [[{k: v for k, v in row.items() if k not in left_out} for row in history.rows] for history in seen]
+    assert rows[0] == rows[1]
+    assert seen[0].best_epoch == seen[1].best_epoch
+    oracles = [[row["val_oracle_auroc"] for row in history.rows] for history in seen]
+    assert oracles[0] != oracles[1]
