@@ -66,7 +66,7 @@ def kept_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> int:
     alive: weakref.WeakSet[Kept] = weakref.WeakSet()
 
     def pack(value: Tensor) -> Kept:
-        alive.add(kept := Kept(value))
+        alive.add(kept := Kept(value.detach()))  # an output would hold its own graph for ever
         return kept
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept.value):
