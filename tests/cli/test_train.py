@@ -41,6 +41,15 @@ def test_each_patient_stands_on_one_side_and_test_cases_are_predicted_once(train
     assert sorted(predicted) == sorted(held_out)
 
 
+def test_seed_of_the_config_decides_who_is_held_out(train_tiny, trained, tmp_path):
+    assert train_tiny(tmp_path / "run", "training.seed=1", "training.stages.0.epochs=1") == 3
+    first, second = (
+        {row["case_id"]: row["split"] for row in rows(run / "cases.csv")} for run in (trained, tmp_path / "run")
+    )
+    assert first.keys() == second.keys()
+    assert first != second
+
+
 def test_metrics_have_one_row_per_epoch(trained):
     lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [1, 2]

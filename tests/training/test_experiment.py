@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from medvit.config import AugmentConfig, Config
+from medvit.config import AugmentConfig, Config, InferenceConfig
 from medvit.data.cache import SliceCache
 from medvit.data.pipelines import window_statistics
 from medvit.data.splits import Fold
@@ -305,3 +305,10 @@ def test_seed_of_the_config_decides_the_slices_that_are_drawn(root, tmp_path):
     experiment = make(root, tmp_path, seed=5)
     encoder = experiment._model(FOLDS[0].train).encoder
     assert experiment.material.dataset(encoder, FOLDS[0].train, FOLDS[0].target).seed == 5
+
+
+def test_slices_at_once_are_as_many_as_asked_for(root, tmp_path):
+    experiment = make(root, tmp_path)
+    inference = InferenceConfig(batch_slices=3)
+    experiment = replace(experiment, config=experiment.config.model_copy(update={"inference": inference}))
+    assert experiment._model(FOLDS[0].train).encoder.batch_slices == 3

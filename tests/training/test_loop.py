@@ -166,6 +166,22 @@ def test_rates_of_head_and_backbone_are_in_the_metrics(make_objective, make_data
     assert (everything["lr"], everything["lr_backbone"]) == pytest.approx((1e-3, 1e-5))
 
 
+def test_threads_are_as_many_as_asked_for(make_objective, make_dataset, tmp_path):
+    before = torch.get_num_threads()
+    try:
+        for threads in (2, 1):
+            fit(
+                make_objective(),
+                make_dataset(),
+                training(threads=threads),
+                rising(),
+                Run(folder=tmp_path / f"{threads}"),
+            )
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_each_groups_rate_ends_at_a_share_of_its_own_peak(make_objective, make_dataset, tmp_path):
     stage = Stage(epochs=3, lr=1e-3, backbone_lr=1e-6, min_lr=0.01)
     last = fit(make_objective(), make_dataset(), training(stages=(stage,)), rising(), Run(folder=tmp_path)).rows[-1]
