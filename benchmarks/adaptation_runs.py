@@ -54,9 +54,9 @@ FIRST_TIMES: dict[Part, int] = {"digits": 2, "phantom": 1, "ct": 0}
 THEN: dict[Part, dict[str, float]] = {
     "digits": {"lr": 1e-2, "backbone_lr": 3e-4},
     "phantom": {"lr": 1e-2, "backbone_lr": 1.5e-4},
-    "ct": {"lr": 1e-2, "backbone_lr": 3e-5},
+    "ct": {"lr": 1e-3, "backbone_lr": 3e-5},
 }
-"""Rates of what follows, for all methods: of head and discriminator, and of the backbone. Chosen on a seed of their own
+"""Rates of what follows, for all methods: of the head, and of the backbone. Chosen on a seed of their own
 without a target label (README.md)."""
 
 HASTE: dict[Part, float] = {"digits": 1.0, "phantom": 1.0, "ct": 10.0}
