@@ -181,6 +181,14 @@ class EvaluationConfig(_Section):
     )
     min_cell: int = Field(10, ge=1, description="cells of the report with fewer patients are greyed")
     tolerance: float = Field(0.1, gt=0, lt=1, description="largest acceptable equalized-odds difference")
+    attributes: tuple[str, ...] | None = Field(
+        None,
+        description="columns to compare groups by; null: site, sex, age_band, and every further column of predictions "
+        "with 2 to 12 values",
+    )
+    crossings: tuple[tuple[str, str], ...] = Field(
+        (("site", "sex"),), description="pairs of columns whose combinations are compared as well: [[site, sex]]"
+    )
 
 
 class Config(_Section):

@@ -1,18 +1,20 @@
-"""Fairness by one attribute (site, sex, age band, any): rates of each group, gaps between groups, a verdict.
+"""Fairness by one attribute (site, sex, age band, any, or two crossed): rates of each group, gaps, a verdict.
 
 Equalized odds (Hardt 2016): true and false positive rates do not depend on the group. The difference is
-max(|dTPR|, |dFPR|) over pairs of groups, fairlearn's worst case; the mean form is (|dTPR| + |dFPR|) / 2.
+max(|dTPR|, |dFPR|) over pairs of groups, fairlearn's worst case; the mean form is (|dTPR| + |dFPR|) / 2. Equal
+opportunity compares TPR alone, demographic parity the share that is called.
 
-The largest of several noisy gaps is too large on average: its interval is a simultaneous one, see
-`medvit.evaluation.gaps`.
-
-Not here yet: permutation test, crossed attributes, demographic parity, calibration by group, correction for the number
-of attributes looked at. A gap is a fact about these cases: it does not say why.
+Three questions are kept apart. How large is the gap: a simultaneous interval, since the largest of several noisy gaps
+is too large on average (`medvit.evaluation.gaps`). Is there any: a permutation test. Is it tolerable: the verdict. A
+gap is a fact about these cases: it does not say why.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
 from typing import Literal
 
 import numpy as np
@@ -20,39 +22,27 @@ import numpy.typing as npt
 import pandas as pd
 
 from medvit.config import EvaluationConfig
-from medvit.evaluation.bootstrap import PatientBootstrap, exact_at_limit, exact_end, percentile_interval
+from medvit.evaluation.bootstrap import PatientBootstrap
+from medvit.evaluation.confounding import auroc_of_attribute
 from medvit.evaluation.gaps import Gaps, Method, spread
-from medvit.evaluation.metrics import Bools, Floats, Interval, divide, weighted_auroc, weighted_rate
+from medvit.evaluation.groups import MEASURES, Group, Question, make_group, measure, supporting, unseen
+from medvit.evaluation.metrics import Bools, Interval, weighted_rate
+from medvit.evaluation.permutation import no_gap_p
 from medvit.evaluation.predictions import one_vs_rest
 
 Verdict = Literal["met", "not met", "cannot tell"]
 NOT_GIVEN, EVERYONE = "not given", "all"
-FOLDS = 5
+ODDS = ("tpr", "fpr")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Group:
-    """One row of a fairness table; NaN where a cell is empty.
+class Difference:
+    """Signed difference of one figure between two groups, `first` less `second`; the interval is of this pair alone."""
 
-    Attributes:
-        positives: cases of the positive class; `positive_patients` have one.
-        tpr: true positive rate, sensitivity.
-        fpr: false positive rate, 1 - specificity.
-        small: fewer than `min_cell` patients with or without the finding: too few to read a rate from.
-    """
-
-    name: str
-    patients: int
-    cases: int
-    positives: int
-    negatives: int
-    positive_patients: int
-    negative_patients: int
-    prevalence: Interval
-    tpr: Interval
-    fpr: Interval
-    auroc: Interval
-    small: bool
+    figure: str
+    first: str
+    second: str
+    difference: Interval
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,9 +51,13 @@ class FairnessTable:
 
     Attributes:
         positive: the class asked about; `groups` are sorted by name, "not given" last; `overall` is all cases.
-        tpr_gap: largest difference of true positive rates between groups; likewise `fpr_gap`, `auroc_gap`. An equal
-            AUROC can hide harm at the operating point: over- and under-diagnosis cancel in it.
+        differences: every figure of every pair of named groups.
+        selection_gap: largest difference of the share called (demographic parity).
+        tpr_gap: of true positive rates (equal opportunity); likewise `fpr_gap`, `auroc_gap`. An equal AUROC can hide
+            harm at the operating point: over- and under-diagnosis cancel in it.
         equalized_odds: max(tpr_gap, fpr_gap); `equalized_odds_mean` is their mean.
+        no_gap_p: of the permutation test that TPR and FPR are equal in all named groups; `no_gap_p_adjusted` for the
+            number of tables of the report (Holm 1979), None in a table by itself.
         auroc_within: AUROC from pairs within a group only.
         auroc_alone: AUROC of the attribute itself as predictor of the label, `auroc_of_attribute`.
     """
@@ -72,11 +66,15 @@ class FairnessTable:
     positive: str
     groups: tuple[Group, ...]
     overall: Group
+    differences: tuple[Difference, ...]
+    selection_gap: Interval
     tpr_gap: Interval
     fpr_gap: Interval
     auroc_gap: Interval
     equalized_odds: Interval
     equalized_odds_mean: Interval
+    no_gap_p: float
+    no_gap_p_adjusted: float | None = None
     auroc_within: Interval
     auroc_alone: Interval
     verdict: Verdict
@@ -122,143 +120,107 @@ def assess_fairness(frame: pd.DataFrame, attribute: str, settings: EvaluationCon
     view = one_vs_rest(frame)
     bootstrap = PatientBootstrap(frame["patient_id"].to_numpy(), settings.bootstrap, settings.confidence)
     names = frame[attribute].fillna("").replace("", NOT_GIVEN).to_numpy(dtype=str)
+    studies = frame["study_uid"].to_numpy(dtype=str) if "study_uid" in frame else None
     columns = zip(view.names, view.truth.T, view.called.T, view.score.T, strict=True)
     return tuple(
-        _assess_class(attribute, positive, np.stack([truth, called]), score, names, bootstrap, settings)
-        for positive, truth, called, score in columns
+        _assess_class(attribute, positive, Question(*question), names, studies, bootstrap, settings)
+        for positive, *question in columns
     )
 
 
-def auroc_of_attribute(truth: Bools, names: npt.NDArray[np.str_], bootstrap: PatientBootstrap) -> Interval:
-    """AUROC of predicting the label from the attribute alone: above 0.5 the attribute is confounded with the label.
-
-    Each case scores the share of positives among cases of the same value in the other folds (5 patient-wise folds);
-    pairs are compared within a fold, so that the share's dependence on the fold does not count. A value not seen in the
-    other folds scores their overall share.
-    """
-    patients, index = np.unique(bootstrap.patients, return_inverse=True)
-    fold = (np.random.default_rng(bootstrap.seed).permutation(len(patients)) % FOLDS)[index]
-    _, codes = np.unique(names, return_inverse=True)
-    score = np.zeros(len(truth))
-    for k in range(FOLDS):
-        seen = fold != k
-        cases = np.bincount(codes[seen], minlength=codes.max() + 1).astype(np.float64)
-        positives = np.bincount(codes[seen & truth], minlength=codes.max() + 1).astype(np.float64)
-        share = divide(positives, cases)
-        overall = truth[seen].mean() if seen.any() else 0.0
-        score[~seen] = np.where(np.isnan(share), overall, share)[codes[~seen]]
-    return bootstrap.auroc(truth, score, fold)
+def adjusted(tables: Sequence[FairnessTable]) -> tuple[FairnessTable, ...]:
+    """The same with p-values adjusted for how many tables were looked at (Holm 1979)."""
+    defined = [i for i, table in enumerate(tables) if not math.isnan(table.no_gap_p)]
+    order = sorted(defined, key=lambda i: tables[i].no_gap_p)
+    found, so_far = dict.fromkeys(range(len(tables)), math.nan), 0.0
+    for rank, i in enumerate(order):
+        so_far = max(so_far, min(1.0, (len(order) - rank) * tables[i].no_gap_p))
+        found[i] = so_far
+    return tuple(replace(table, no_gap_p_adjusted=found[i]) for i, table in enumerate(tables))
 
 
 def _assess_class(
     attribute: str,
     positive: str,
-    outcome: Bools,
-    score: Floats,
+    question: Question,
     names: npt.NDArray[np.str_],
+    studies: npt.NDArray[np.str_] | None,
     bootstrap: PatientBootstrap,
     settings: EvaluationConfig,
 ) -> FairnessTable:
-    truth, called = outcome
     named = sorted(set(names.tolist()) - {NOT_GIVEN})
     rows = [(name, names == name) for name in [*named, NOT_GIVEN] if (names == name).any()]
     rows.append((EVERYONE, np.ones(len(names), dtype=bool)))
-
-    def figures(weights: Floats) -> Floats:
-        """(D, n) -> (D, 4, groups): prevalence, TPR, FPR, AUROC."""
-        return np.stack([_group_figures(truth, called, score, mask, weights) for _, mask in rows], axis=2)
-
-    points, draws = bootstrap.apply(figures)
+    points, draws = bootstrap.apply(
+        lambda weights: np.stack([measure(question.among(m), weights[:, m]) for _, m in rows], axis=2)
+    )
     groups = tuple(
-        _group(name, mask, truth, points[:, g], draws[:, :, g], bootstrap, settings.min_cell)
+        make_group(name, question, mask, points[:, g], draws[:, :, g], bootstrap, settings.min_cell, studies)
         for g, (name, mask) in enumerate(rows)
     )
-    compared = groups[: len(named)]
-    limits = np.array([[_limit(rate, n, bootstrap.confidence) for rate, n in _cells(g)] for g in compared])
-    gaps = Gaps(points[1:, : len(named)], draws[:, 1:, : len(named)], limits.reshape(-1, 3).T, bootstrap.confidence)
-    crowded = np.array([[n >= settings.min_cell for _, n in _cells(g)] for g in compared], dtype=bool).reshape(-1, 3).T
-    rates = Gaps(gaps.points[:2], gaps.draws[:, :2], gaps.limits[:2], gaps.confidence)
+    patients = np.array([supporting(question, mask, bootstrap) for _, mask in rows[: len(named)]], dtype=object)
+    patients = patients.reshape(-1, len(MEASURES)).T
+    gaps = _gaps(points[:, : len(named)], draws[:, :, : len(named)], patients, bootstrap.confidence)
+    given = names != NOT_GIVEN
+    place = {name: i for i, name in enumerate(MEASURES)}
     return FairnessTable(
         attribute=attribute,
         positive=positive,
         groups=groups[:-1],
         overall=groups[-1],
-        tpr_gap=gaps.interval([0]),
-        fpr_gap=gaps.interval([1]),
-        auroc_gap=gaps.interval([2]),
-        equalized_odds=gaps.interval([0, 1]),
-        equalized_odds_mean=gaps.interval([0, 1], "mean"),
-        auroc_within=bootstrap.auroc(truth, score, names),
-        auroc_alone=auroc_of_attribute(truth, names, bootstrap),
-        verdict=_verdict(rates, crowded[:2], settings.tolerance),
+        differences=_differences(gaps, named),
+        selection_gap=gaps.interval([place["selection_rate"]]),
+        tpr_gap=gaps.interval([place["tpr"]]),
+        fpr_gap=gaps.interval([place["fpr"]]),
+        auroc_gap=gaps.interval([place["auroc"]]),
+        equalized_odds=gaps.interval([place[name] for name in ODDS]),
+        equalized_odds_mean=gaps.interval([place[name] for name in ODDS], "mean"),
+        no_gap_p=no_gap_p(
+            question.truth[given],
+            question.called[given],
+            names[given],
+            bootstrap.patients[given],
+            bootstrap.draws,
+            bootstrap.seed,
+        ),
+        auroc_within=bootstrap.auroc(question.truth, question.score, names),
+        auroc_alone=auroc_of_attribute(question.truth, names, bootstrap),
+        verdict=_verdict(gaps, patients, settings),
     )
 
 
-def _group_figures(truth: Bools, called: Bools, score: Floats, mask: Bools, weights: Floats) -> Floats:
-    """Prevalence, TPR, FPR, AUROC of the group `mask` (n,): (D, n) -> (D, 4)."""
-    label, call, drawn = truth[mask], called[mask], weights[:, mask]
-    return np.stack(
-        [
-            weighted_rate(label, np.ones_like(label), drawn),
-            weighted_rate(call, label, drawn),
-            weighted_rate(call, ~label, drawn),
-            weighted_auroc(label, score[mask], drawn),
-        ],
-        axis=1,
+def _gaps(
+    points: npt.NDArray[np.float64],
+    draws: npt.NDArray[np.float64],
+    patients: npt.NDArray[np.object_],
+    confidence: float,
+) -> Gaps:
+    """Of points (M, G), draws (B, M, G) and the patients (M, G) that each cell rests on."""
+    limits = [
+        [unseen(point, count, confidence) for point, count in zip(*row, strict=True)]
+        for row in zip(points, patients, strict=True)
+    ]
+    return Gaps(points, draws, np.array(limits, dtype=np.float64).reshape(points.shape), confidence)
+
+
+def _differences(gaps: Gaps, named: Sequence[str]) -> tuple[Difference, ...]:
+    return tuple(
+        Difference(figure=figure, first=named[i], second=named[j], difference=gaps.difference(m, i, j))
+        for m, figure in enumerate(MEASURES)
+        for i, j in combinations(range(len(named)), 2)
     )
 
 
-def _group(
-    name: str,
-    mask: Bools,
-    truth: Bools,
-    points: Floats,
-    draws: Floats,
-    bootstrap: PatientBootstrap,
-    min_cell: int,
-) -> Group:
-    """Row of one group from its points (4,) and draws (B, 4)."""
-    everyone, positive, negative = (bootstrap.count(cell) for cell in (mask, mask & truth, mask & ~truth))
-    patients = (everyone, positive, negative, min(positive, negative))
-    prevalence, tpr, fpr, auroc = (
-        exact_at_limit(percentile_interval(float(p), d, bootstrap.confidence), n, bootstrap.confidence)
-        for p, d, n in zip(points, draws.T, patients, strict=True)
-    )
-    return Group(
-        name=name,
-        patients=everyone,
-        cases=int(mask.sum()),
-        positives=int((mask & truth).sum()),
-        negatives=int((mask & ~truth).sum()),
-        positive_patients=positive,
-        negative_patients=negative,
-        prevalence=prevalence,
-        tpr=tpr,
-        fpr=fpr,
-        auroc=auroc,
-        small=min(positive, negative) < min_cell,
-    )
-
-
-def _cells(group: Group) -> tuple[tuple[Interval, int], ...]:
-    """TPR, FPR and AUROC, each with the number of patients that it rests on."""
-    with_finding, without = group.positive_patients, group.negative_patients
-    return (group.tpr, with_finding), (group.fpr, without), (group.auroc, min(with_finding, without))
-
-
-def _limit(rate: Interval, patients: int, confidence: float) -> float:
-    """Width that the bootstrap cannot see: of a rate of exactly 0 or 1; else 0."""
-    return exact_end(patients, confidence) if rate.point in (0.0, 1.0) else 0.0
-
-
-def _verdict(rates: Gaps, crowded: Bools, tolerance: float) -> Verdict:
+def _verdict(gaps: Gaps, patients: npt.NDArray[np.object_], settings: EvaluationConfig) -> Verdict:
     """Met: every rate is defined, and even the upper end is tolerable.
 
-    Not met: even the lower end, among cells with enough patients (2, G), is not; few patients never convict.
+    Not met: even the lower end, among cells with enough patients (M, G), is not; few patients never convict.
     """
-    enough = rates.only(crowded)
-    comparable = np.flatnonzero(~np.isnan(spread(enough.points))).tolist()
-    if comparable and enough.interval(comparable).low > tolerance:
+    odds = [i for i, name in enumerate(MEASURES) if name in ODDS]
+    crowded: Bools = np.array([[(n or 0) >= settings.min_cell for n in row] for row in patients], dtype=bool)
+    enough = gaps.only(crowded.reshape(gaps.points.shape))
+    comparable = [i for i in odds if not np.isnan(spread(enough.points[i]))]
+    if comparable and enough.interval(comparable).low > settings.tolerance:
         return "not met"
-    complete = not np.isnan(rates.points).any()
-    return "met" if complete and rates.interval([0, 1]).high <= tolerance else "cannot tell"
+    complete = not np.isnan(gaps.points[odds]).any()
+    return "met" if complete and gaps.interval(odds).high <= settings.tolerance else "cannot tell"

@@ -1,17 +1,22 @@
-"""Gaps between groups with simultaneous intervals.
+"""Differences between groups: signed ones of every pair, and the largest with simultaneous bounds.
 
 The largest of several noisy gaps is too large on average, and a plain percentile interval inherits that: ten equal
-sites would look unfair. So the interval is the observed gap plus and minus the largest error that any pair's gap makes
-in `confidence` of the resamples (maximum deviation bootstrap): it holds for all pairs at once. A rate of exactly 0 or 1
-shows no error in any resample; its exact binomial width is then the least that is added.
+sites would look unfair. So its bounds are max-t bounds (Hothorn, Bretz and Westfall 2008): every pair's difference plus
+and minus the same multiple of its own standard error, the multiple being what no pair exceeds in `confidence` of the
+resamples. They hold for all pairs at once, and a small group widens its own pairs only.
+
+A rate of exactly 0 or 1 shows no error in any resample; its exact binomial width then stands for one.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Literal
 
 import numpy as np
+from scipy import stats
 
 from medvit.evaluation.metrics import Bools, Floats, Interval
 
@@ -31,7 +36,7 @@ class Gaps:
     Attributes:
         points: (M, G), NaN where undefined.
         draws: (B, M, G) of the patient bootstrap.
-        limits: (M, G) exact binomial width of rates that are exactly 0 or 1, else 0.
+        limits: (M, G) exact binomial width where resampling shows none (a rate of exactly 0 or 1), else 0.
         confidence: 0..1.
     """
 
@@ -40,17 +45,51 @@ class Gaps:
     limits: Floats
     confidence: float
 
-    def interval(self, figures: list[int], method: Method = "worst_case") -> Interval:
-        """Largest or mean gap of the chosen figures; NaN when one of them is defined in fewer than two groups."""
+    def interval(self, figures: Sequence[int], method: Method = "worst_case") -> Interval:
+        """Largest or mean gap of the chosen figures; NaN when one of them is defined in fewer than two groups.
+
+        Both ends hold for all pairs of groups and all chosen figures at once.
+        """
         combine = np.max if method == "worst_case" else np.mean
-        gap = combine(spread(self.points[figures]))
-        errors = combine(spread(self.draws[:, figures] - self.points[figures]), axis=1)
-        errors = errors[~np.isnan(errors)]
-        if np.isnan(gap) or 2 * len(errors) < len(self.draws):
-            return Interval(float(gap), np.nan, np.nan)
-        error = max(np.quantile(errors, self.confidence), combine(self.limits[figures].max(axis=1)))
-        return Interval(float(gap), float(max(0, gap - error)), float(min(1, gap + error)))
+        chosen = list(figures)
+        gap = float(combine(spread(self.points[chosen])))
+        if np.isnan(gap):
+            return Interval(gap, np.nan, np.nan)
+        size, error = self._simultaneous(chosen)
+        if np.isnan(error[~np.isnan(size)]).any():
+            return Interval(gap, np.nan, np.nan)
+        low, high = (combine(np.nanmax(size + sign * error, axis=1)) for sign in (-1, 1))
+        return Interval(gap, float(max(0, low)), float(min(1, high)))
+
+    def difference(self, figure: int, first: int, second: int) -> Interval:
+        """Signed difference of one figure, first group less second: percentile interval of this pair alone."""
+        point = self.points[figure, first] - self.points[figure, second]
+        values = self.draws[:, figure, first] - self.draws[:, figure, second]
+        values, limit = values[~np.isnan(values)], np.hypot(*self.limits[figure, [first, second]])
+        if np.isnan(point) or 2 * len(values) < len(self.draws) or (np.ptp(values) == 0 and limit == 0):
+            return Interval(float(point), np.nan, np.nan)
+        ends = np.quantile(values, [(1 - self.confidence) / 2, (1 + self.confidence) / 2])
+        # what resampling cannot see is independent of what it sees
+        below, above = np.hypot(np.maximum(0, [point - ends[0], ends[1] - point]), limit)
+        return Interval(float(point), float(max(-1, point - below)), float(min(1, point + above)))
 
     def only(self, cells: Bools) -> Gaps:
         """The same with the other `cells` (M, G) undefined."""
         return Gaps(np.where(cells, self.points, np.nan), self.draws, np.where(cells, self.limits, 0), self.confidence)
+
+    def _simultaneous(self, figures: list[int]) -> tuple[Floats, Floats]:
+        """Size of every pair's difference, and its simultaneous error: two (M, pairs), NaN where undefined."""
+        pairs = np.array(list(combinations(range(self.points.shape[1]), 2))).reshape(-1, 2).T
+        points, draws, limits = self.points[figures], self.draws[:, figures], self.limits[figures]
+        size = np.abs(points[:, pairs[0]] - points[:, pairs[1]])
+        errors = np.abs((draws - points)[:, :, pairs[0]] - (draws - points)[:, :, pairs[1]])
+        seen = (~np.isnan(errors)).sum(axis=0)
+        square = np.where(2 * seen < len(draws), np.nan, np.nansum(errors**2, axis=0) / np.maximum(seen, 1))
+        normal = float(stats.norm.ppf((1 + self.confidence) / 2))
+        hidden = (limits[:, pairs[0]] ** 2 + limits[:, pairs[1]] ** 2) / normal**2
+        deviation = np.sqrt(square + hidden)
+        deviation[deviation == 0] = np.nan
+        worst = np.fmax.reduce((errors / deviation).reshape(len(draws), -1), axis=1)
+        worst = worst[~np.isnan(worst)]
+        multiple = max(normal, float(np.quantile(worst, self.confidence))) if len(worst) else np.nan
+        return size, multiple * deviation

@@ -172,6 +172,19 @@ def weighted_ece(labels: Bools, probabilities: Floats, weights: Floats, bins: in
     return divide(np.abs(weights @ excess).sum(axis=1), weights.sum(axis=1))
 
 
+def weighted_sensitivity_at(labels: Bools, scores: Floats, weights: Floats, specificity: float = 0.9) -> Floats:
+    """Largest sensitivity of any threshold with at least this specificity: (n,), (n,), (D, n) -> (D,).
+
+    The threshold is the best one for these very cases: a summary of the ROC curve, not an operating point.
+    """
+    positive, negative = tied(labels, -scores, weights)
+    alarms = divide(negative.cumsum(axis=1), np.broadcast_to(negative.sum(axis=1, keepdims=True), negative.shape))
+    found = divide(positive.cumsum(axis=1), np.broadcast_to(positive.sum(axis=1, keepdims=True), positive.shape))
+    allowed = alarms <= 1 - specificity + 1e-12
+    best = np.where(allowed, found, 0.0).max(axis=1, initial=0.0)
+    return np.where(np.isnan(alarms[:, -1:] + found[:, -1:]).any(axis=1), np.nan, best)
+
+
 def weighted_rate(hits: Bools, among: Bools, weights: Floats) -> Floats:
     """Share of `hits` among `among` in each draw: (n,), (n,), (D, n) -> (D,); NaN where nothing is among."""
     return divide(weights @ (hits & among), weights @ among.astype(np.float64))
@@ -184,6 +197,8 @@ def tied(labels: Bools, scores: Floats, weights: Floats) -> tuple[Floats, Floats
     order = np.argsort(scores, kind="stable")
     ranked, truth, drawn = scores[order], labels[order], weights[:, order]
     starts = np.flatnonzero(np.append(True, ranked[1:] != ranked[:-1]))
+    if len(starts) == len(scores):
+        return drawn * truth, drawn * ~truth
     return np.add.reduceat(drawn * truth, starts, axis=1), np.add.reduceat(drawn * ~truth, starts, axis=1)
 
 

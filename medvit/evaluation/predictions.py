@@ -17,6 +17,7 @@ import pandas as pd
 from medvit.evaluation.metrics import Bools, Floats
 from medvit.records import Prediction, UsageError
 
+IDENTIFIERS = ("case_id", "patient_id", "label", "predicted", "site", "sex", "age")
 OPTIONAL = ("fold", "threshold", "study_uid", "series_uid", "flags", "ood_score", "model_sha256")
 NUMBERS = ("age", "threshold", "ood_score")
 SUM_TOLERANCE = 0.01
@@ -24,9 +25,6 @@ SUM_TOLERANCE = 0.01
 
 FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
 """A spreadsheet would execute a cell that begins so (OWASP, CSV injection)."""
-
-AGE_EDGES = (0, 18, 40, 60, 80, 131)
-AGE_BANDS = ("0–17", "18–39", "40–59", "60–79", "80+")
 
 
 @dataclass(frozen=True)
@@ -62,11 +60,6 @@ def one_vs_rest(frame: pd.DataFrame) -> OneVsRest:
         called=np.stack([predicted == name for name in names], axis=1),
         score=frame[[f"p_{name}" for name in names]].to_numpy(dtype=np.float64),
     )
-
-
-def age_band(age: pd.Series) -> pd.Series:
-    """Age in years -> "0–17", "18–39", "40–59", "60–79", "80+"; "" where missing or outside 0..130."""
-    return pd.cut(age, AGE_EDGES, right=False, labels=AGE_BANDS).astype(object).fillna("")
 
 
 def read_predictions(path: str | Path) -> pd.DataFrame:

@@ -10,43 +10,31 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from medvit.config import EvaluationConfig
-from medvit.evaluation.bootstrap import PatientBootstrap, exact_at_limit, percentile_interval
+from medvit.evaluation.attributes import with_attributes
+from medvit.evaluation.bootstrap import PatientBootstrap
 from medvit.evaluation.charts import draw_reliability, draw_roc, draw_scores
-from medvit.evaluation.fairness import FairnessTable, Verdict, assess_fairness
-from medvit.evaluation.metrics import (
-    Bools,
-    Floats,
-    Interval,
-    weighted_auroc,
-    weighted_average_precision,
-    weighted_brier,
-    weighted_ece,
-    weighted_rate,
-)
-from medvit.evaluation.predictions import OneVsRest, age_band, check_predictions, class_names, one_vs_rest
+from medvit.evaluation.fairness import FairnessTable, Verdict, adjusted, assess_fairness
+from medvit.evaluation.figures import auroc_within_folds, measure_figures
+from medvit.evaluation.metrics import Interval
+from medvit.evaluation.predictions import OneVsRest, check_predictions, class_names, one_vs_rest
+
+SCHEMA_VERSION = 1
+"""Of metrics.json and fairness.json; README lists their fields."""
+
+PAIRED = {"tpr": "TPR", "fpr": "FPR", "ppv": "PPV", "npv": "NPV", "auroc": "AUROC", "selection_rate": "Called"}
+"""Figures whose differences between pairs of groups the page shows; fairness.json has them all."""
 
 SEVERITY: tuple[Verdict, ...] = ("not met", "cannot tell", "met")
-ATTRIBUTES = ("site", "sex", "age_band")
-FIGURES: dict[str, Callable[[Bools, Bools, Floats, Floats], Floats]] = {
-    "auroc": lambda truth, _, score, weights: weighted_auroc(truth, score, weights),
-    "average_precision": lambda truth, _, score, weights: weighted_average_precision(truth, score, weights),
-    "sensitivity": lambda truth, called, _, weights: weighted_rate(called, truth, weights),
-    "specificity": lambda truth, called, _, weights: weighted_rate(~called, ~truth, weights),
-    "brier": lambda truth, _, score, weights: weighted_brier(truth, score, weights),
-    "ece": lambda truth, _, score, weights: weighted_ece(truth, score, weights),
-}
-"""Name -> truth (n,), called (n,), score (n,), weights (D, n) -> (D,)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,9 +56,11 @@ class Report:
         average_precision: mean precision over recall; a useless model scores the prevalence.
         sensitivity: at the operating point; likewise `specificity`.
         brier: mean squared error of the probability.
+        sensitivity_at_90_specificity: the largest that any threshold has there: of the ROC curve, no operating point.
         ece: expected calibration error, ten bins of equal width.
+        calibration_slope: below 1: too sure. `calibration_intercept`, at slope 1, above 0: expects too few findings.
         detectable_auroc_difference: half the width of AUROC's interval.
-        fairness: one table per attribute and positive class.
+        fairness: one table per attribute and positive class; in `fairness.json`, not in `metrics.json`.
         notes: what was assumed or left out.
         draws: of the patient bootstrap, with `confidence` and `seed`.
     """
@@ -88,8 +78,11 @@ class Report:
     average_precision: Interval
     sensitivity: Interval
     specificity: Interval
+    sensitivity_at_90_specificity: Interval
     brier: Interval
     ece: Interval
+    calibration_slope: Interval
+    calibration_intercept: Interval
     detectable_auroc_difference: float
     fairness: tuple[FairnessTable, ...]
     notes: tuple[str, ...]
@@ -103,30 +96,30 @@ def write_report(
     output_dir: str | Path,
     settings: EvaluationConfig,
     about: Mapping[str, str] | None = None,
-    attributes: Sequence[str] = ATTRIBUTES,
 ) -> Report:
-    """Write report.html and metrics.json into `output_dir`.
+    """Write report.html, metrics.json and fairness.json into `output_dir`.
 
     Args:
-        frame: predictions, checked or not (`check_predictions`). `age_band` is derived where there is an age.
+        frame: predictions, checked or not (`check_predictions`).
         output_dir: made if need be; files of an earlier report are replaced.
-        settings: draws, confidence, smallest cell, tolerance.
+        settings: draws, confidence, smallest cell, tolerance, and what groups to compare.
         about: what the reader should know of model and data, shown as a table: {"Model": "...", "Data": "..."}.
-        attributes: columns to compare groups by; one that is not in the frame becomes a note.
 
     Raises:
         UsageError: the frame cannot be evaluated.
     """
     checked = frame.copy() if "notes" in frame.attrs else check_predictions(frame)
-    if "age" in checked:
-        checked["age_band"] = age_band(checked["age"])
+    checked, attributes, absent = with_attributes(checked, settings)
+    checked.attrs["notes"] = [*checked.attrs["notes"], *absent]
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     report = _measure(checked, folder / "report.html", settings, attributes)
-    numbers = {key: value for key, value in asdict(report).items() if key != "path"}
-    (folder / "metrics.json").write_text(
-        json.dumps(_without_nan(numbers), indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
+    numbers = asdict(report)
+    fairness = {"tolerance": settings.tolerance, "min_cell": settings.min_cell, "tables": numbers.pop("fairness")}
+    del numbers["path"]
+    for name, content in (("metrics.json", numbers), ("fairness.json", fairness)):
+        text = json.dumps({"schema_version": SCHEMA_VERSION} | _without_nan(content), indent=2, ensure_ascii=False)
+        (folder / name).write_text(text + "\n", encoding="utf-8")
     report.path.write_text(_render(report, checked, settings, about or {}), encoding="utf-8")
     return report
 
@@ -134,9 +127,8 @@ def write_report(
 def _measure(frame: pd.DataFrame, path: Path, settings: EvaluationConfig, attributes: Sequence[str]) -> Report:
     view, classes = one_vs_rest(frame), class_names(frame)
     bootstrap = PatientBootstrap(frame["patient_id"].to_numpy(), settings.bootstrap, settings.confidence)
-    figures = _measure_figures(view, bootstrap)
-    absent = [f"No column `{name}`: no comparison by it." for name in attributes if name not in frame]
-    fairness = tuple(table for name in attributes if name in frame for table in assess_fairness(frame, name, settings))
+    figures = measure_figures(view, bootstrap)
+    fairness = adjusted([table for name in attributes for table in assess_fairness(frame, name, settings)])
     confusion = Counter(zip(frame["label"], frame["predicted"], strict=True))
     return Report(
         path=path,
@@ -148,47 +140,14 @@ def _measure(frame: pd.DataFrame, path: Path, settings: EvaluationConfig, attrib
         confusion={true: {name: confusion[true, name] for name in classes} for true in classes},
         thresholds=tuple(sorted(set(frame["threshold"].dropna()))) if "threshold" in frame else (),
         **figures,
-        auroc_within_folds=_measure_within_folds(frame, view, bootstrap),
+        auroc_within_folds=auroc_within_folds(frame, view, bootstrap),
         detectable_auroc_difference=figures["auroc"].half_width,
         fairness=fairness,
-        notes=(*frame.attrs["notes"], *absent),
+        notes=tuple(frame.attrs["notes"]),
         draws=bootstrap.draws,
         confidence=bootstrap.confidence,
         seed=bootstrap.seed,
     )
-
-
-def _measure_figures(view: OneVsRest, bootstrap: PatientBootstrap) -> dict[str, Interval]:
-    """Mean over the C one-vs-rest questions of every figure in FIGURES."""
-    columns = list(zip(view.truth.T, view.called.T, view.score.T, strict=True))
-    names = list(FIGURES)
-
-    def means(weights: Floats) -> Floats:
-        """(D, n) -> (D, figures)."""
-        values = [[FIGURES[name](*column, weights) for column in columns] for name in names]
-        return np.asarray(np.mean(values, axis=1).T)
-
-    points, draws = bootstrap.apply(means)
-    positive = min(bootstrap.count(truth) for truth in view.truth.T)
-    negative = min(bootstrap.count(~truth) for truth in view.truth.T)
-    exact = {"auroc": min(positive, negative), "sensitivity": positive, "specificity": negative}
-    intervals = {
-        name: percentile_interval(float(points[i]), draws[:, i], bootstrap.confidence) for i, name in enumerate(names)
-    }
-    return intervals | {k: exact_at_limit(intervals[k], n, bootstrap.confidence) for k, n in exact.items()}
-
-
-def _measure_within_folds(frame: pd.DataFrame, view: OneVsRest, bootstrap: PatientBootstrap) -> Interval | None:
-    if "fold" not in frame or frame["fold"].nunique() < 2:
-        return None
-    folds = frame["fold"].to_numpy(dtype=str)
-
-    def mean(weights: Floats) -> Floats:
-        columns = zip(view.truth.T, view.score.T, strict=True)
-        values = [weighted_auroc(truth, score, weights, folds) for truth, score in columns]
-        return np.asarray(np.mean(values, axis=0))
-
-    return bootstrap.interval(mean)
 
 
 def _summarise(
@@ -218,6 +177,14 @@ def title(attribute: str) -> str:
     return attribute.replace("_", " ")
 
 
+def pairs_of(table: FairnessTable) -> dict[tuple[str, str], dict[str, Interval]]:
+    """First and second group -> figure -> difference."""
+    found: dict[tuple[str, str], dict[str, Interval]] = {}
+    for one in table.differences:
+        found.setdefault((one.first, one.second), {})[one.figure] = one.difference
+    return found
+
+
 def _render(report: Report, frame: pd.DataFrame, settings: EvaluationConfig, about: Mapping[str, str]) -> str:
     view = one_vs_rest(frame)
     bootstrap = PatientBootstrap(frame["patient_id"].to_numpy(), report.draws, report.confidence, report.seed)
@@ -229,11 +196,13 @@ def _render(report: Report, frame: pd.DataFrame, settings: EvaluationConfig, abo
         lstrip_blocks=True,
     )
     environment.filters["title_of"] = title
+    environment.filters["pairs_of"] = pairs_of
     environment.tests["nan"] = math.isnan
     return environment.get_template("report.html.j2").render(
         report=report,
         about=about,
         settings=settings,
+        paired=PAIRED,
         roc=Markup(draw_roc(view, bootstrap)),
         reliability=Markup(draw_reliability(view)),
         scores=Markup(draw_scores(frame, report.thresholds)),

@@ -3,7 +3,6 @@ import pandas as pd
 import pytest
 
 from medvit.evaluation.predictions import (
-    age_band,
     check_predictions,
     class_names,
     one_vs_rest,
@@ -164,8 +163,3 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
         write_predictions([make_prediction(case_id="other")], path)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
-
-
-def test_age_bands():
-    ages = pd.Series([0, 17.9, 18, 59, 60, 80, 104, 131, -1, np.nan])
-    assert age_band(ages).tolist() == ["0–17", "0–17", "18–39", "40–59", "60–79", "80+", "80+", "", "", ""]

@@ -87,8 +87,12 @@ def test_json_has_the_numbers_of_the_report(whole):
     _, report, _, text = whole
     numbers = json.loads(text)
     assert numbers["auroc"] == {"point": report.auroc.point, "low": report.auroc.low, "high": report.auroc.high}
-    assert [table["attribute"] for table in numbers["fairness"]] == ["site", "sex", "age_band"]
     assert "path" not in numbers
+    fairness = json.loads((report.path.parent / "fairness.json").read_text(encoding="utf-8"))
+    assert [table["attribute"] for table in fairness["tables"]] == ["site", "sex", "age_band", "site_by_sex"]
+    gap = fairness["tables"][0]["equalized_odds"]["point"]
+    assert gap == report.fairness[0].equalized_odds.point
+    assert numbers["schema_version"] == fairness["schema_version"] == 1
 
 
 def test_patients_are_named_nowhere(whole):

@@ -1,0 +1,57 @@
+"""By what groups are compared: site, sex, age band, any further column of the predictions, and two of them crossed."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from medvit.config import EvaluationConfig
+from medvit.evaluation.predictions import IDENTIFIERS, OPTIONAL
+
+STANDARD = ("site", "sex", "age_band")
+AGE_EDGES = (0, 18, 40, 60, 80, 131)
+AGE_BANDS = ("0–17", "18–39", "40–59", "60–79", "80+")
+
+MOST_VALUES = 12
+"""A column with more distinct values is taken for a measurement, not for groups."""
+
+
+def age_band(age: pd.Series) -> pd.Series:
+    """Age in years -> "0–17", "18–39", "40–59", "60–79", "80+"; "" where missing or outside 0..130."""
+    return pd.cut(age, AGE_EDGES, right=False, labels=AGE_BANDS).astype(object).fillna("")
+
+
+def crossed(frame: pd.DataFrame, first: str, second: str) -> pd.Series:
+    """Both values of each case, "North, F"; "" where one of them is missing."""
+    one, other = (frame[name].fillna("").astype(str) for name in (first, second))
+    return (one + ", " + other).where((one != "") & (other != ""), "")
+
+
+def with_attributes(frame: pd.DataFrame, settings: EvaluationConfig) -> tuple[pd.DataFrame, tuple[str, ...], list[str]]:
+    """What to compare groups by.
+
+    Returns:
+        The frame with derived columns (`age_band`, crossings such as `site_by_sex`), the columns to compare by, and
+        notes on what could not be compared.
+    """
+    frame = frame.copy()
+    if "age" in frame:
+        frame["age_band"] = age_band(frame["age"])
+    further = [str(name) for name in frame.columns if not _is_known(str(name))]
+    groups = [name for name in further if 2 <= frame[name].nunique() <= MOST_VALUES]
+    notes = [
+        f"Column `{name}` has {frame[name].nunique()} values: no groups to compare."
+        for name in further
+        if name not in groups and settings.attributes is None
+    ]
+    wanted = list(dict.fromkeys([*STANDARD, *groups])) if settings.attributes is None else list(settings.attributes)
+    notes += [f"No column `{name}`: no comparison by it." for name in wanted if name not in frame]
+    chosen = [name for name in wanted if name in frame]
+    for first, second in settings.crossings:
+        if all(name in frame and frame[name].replace("", pd.NA).nunique() > 1 for name in (first, second)):
+            frame[f"{first}_by_{second}"] = crossed(frame, first, second)
+            chosen.append(f"{first}_by_{second}")
+    return frame, tuple(chosen), notes
+
+
+def _is_known(column: str) -> bool:
+    return column.startswith("p_") or column in (*IDENTIFIERS, *OPTIONAL, *STANDARD)

@@ -1,0 +1,60 @@
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+from sklearn import metrics as sk
+
+from medvit.config import EvaluationConfig
+from medvit.evaluation.bootstrap import exact_end
+from medvit.evaluation.fairness import assess_fairness
+from medvit.evaluation.groups import unseen
+from medvit.evaluation.predictions import check_predictions
+
+QUICK = EvaluationConfig(bootstrap=100)
+
+
+def test_every_figure_of_a_group_equals_scikit_learn(cohort):
+    frame = check_predictions(cohort())
+    (table,) = assess_fairness(frame, "site", QUICK)
+    for group in table.groups:
+        rows = frame[frame["site"] == group.name]
+        truth, called = rows["label"] == "bleed", rows["predicted"] == "bleed"
+        expected = {
+            "prevalence": truth.mean(),
+            "selection_rate": called.mean(),
+            "tpr": sk.recall_score(truth, called),
+            "fpr": 1 - sk.recall_score(~truth, ~called),
+            "ppv": sk.precision_score(truth, called),
+            "npv": sk.precision_score(~truth, ~called),
+            "auroc": sk.roc_auc_score(truth, rows["p_bleed"]),
+        }
+        for name, value in expected.items():
+            assert getattr(group, name).point == pytest.approx(value, abs=1e-12)
+            assert getattr(group, name).low < value < getattr(group, name).high
+
+
+def test_a_rate_of_an_empty_cell_is_undefined():
+    frame = pd.DataFrame({"label": list("0011"), "p_1": [0.1, 0.2, 0.3, 0.4], "threshold": 0.9, "site": list("AABB")})
+    (table,) = assess_fairness(check_predictions(frame), "site", QUICK)
+    first, second = table.groups
+    assert math.isnan(first.tpr.point)
+    assert math.isnan(second.fpr.point)
+    assert [math.isnan(group.ppv.point) for group in table.groups] == [True, True]  # nobody was called
+    assert [group.npv.point for group in table.groups] == [1, 0]
+
+
+def test_studies_are_counted_where_they_are_told_apart(cohort):
+    frame = cohort()
+    frame["study_uid"] = [f"1.2.{i // 2}" for i in range(len(frame))]
+    (table,) = assess_fairness(check_predictions(frame), "site", QUICK)
+    assert table.overall.studies == 150
+    assert assess_fairness(check_predictions(cohort()), "site", QUICK)[0].overall.studies is None
+
+
+def test_what_resampling_cannot_see():
+    assert unseen(0.5, 20, 0.95) == 0
+    assert unseen(1.0, 20, 0.95) == exact_end(20, 0.95)
+    assert unseen(0.5, 1, 0.95) == exact_end(1, 0.95)  # one patient with two cases
+    assert unseen(np.nan, 0, 0.95) == 0
+    assert unseen(1.0, None, 0.95) == 0
