@@ -5,10 +5,10 @@ What a report says about a model holds for what is deployed because both come th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -93,7 +93,7 @@ class Encoder:
         return choose_slices(count, self.preprocessing.predict_slices)
 
 
-def softmax(logits: Floats, temperature: float = 1.0) -> Floats:
+def softmax(logits: npt.NDArray[np.floating[Any]], temperature: float = 1.0) -> Floats:
     """(K,) logits -> probabilities."""
     scaled = logits.astype(np.float64) / temperature
     powers = np.exp(scaled - scaled.max())
@@ -184,6 +184,18 @@ def case_of(scan: Scan) -> Case:
     )
 
 
-def with_operating_point(predictions: Sequence[Prediction], threshold: float | None) -> list[Prediction]:
-    """The same predictions decided at another threshold."""
-    return [replace(prediction, threshold=threshold) for prediction in predictions]
+def recalibrated(
+    predictions: Sequence[Prediction], temperature: float = 1.0, threshold: float | None = None
+) -> list[Prediction]:
+    """The same predictions, made at temperature 1, with logits divided by `temperature`, and decided at `threshold`."""
+    return [
+        replace(one, probabilities=_tempered(one.probabilities, temperature), threshold=threshold)
+        for one in predictions
+    ]
+
+
+def _tempered(probabilities: Mapping[str, float], temperature: float) -> Mapping[str, float]:
+    if temperature == 1:
+        return probabilities
+    logits = np.log(np.clip(list(probabilities.values()), 1e-12, 1), dtype=np.float64)
+    return dict(zip(probabilities, softmax(logits, temperature).tolist(), strict=True))

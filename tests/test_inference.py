@@ -6,7 +6,7 @@ import torch
 
 from medvit.config import ModelConfig
 from medvit.data.pipelines import prepare_slices
-from medvit.inference import STUDIES_AT_ONCE, Encoder, Model, load_bundle, softmax, with_operating_point
+from medvit.inference import STUDIES_AT_ONCE, Encoder, Model, load_bundle, recalibrated, softmax
 from medvit.models.bundle import BundleInfo, open_bundle, save_bundle
 from medvit.models.classifier import build_classifier
 from medvit.records import Preprocessing, Scan, ScanHeader, UsageError
@@ -141,12 +141,12 @@ def test_threshold_of_the_bundle_decides(threshold, decision, model):
 def test_threshold_itself_is_positive(model):
     predictions = model.predict([scan(1)])
     at = predictions[0].probabilities["bleed"]
-    assert with_operating_point(predictions, at)[0].predicted == "bleed"
+    assert recalibrated(predictions, threshold=at)[0].predicted == "bleed"
 
 
 def test_other_operating_point_changes_nothing_but_the_decision(model):
     (prediction,) = model.predict([scan(1)])
-    (moved,) = with_operating_point([prediction], 0.9)
+    (moved,) = recalibrated([prediction], threshold=0.9)
     assert dataclasses.replace(moved, threshold=prediction.threshold) == prediction
 
 

@@ -152,6 +152,7 @@ def judge(config: Config) -> training.Judge:
         operating_point=lambda labels, probabilities: evaluation.operating_point(
             labels, probabilities[:, -1], config.evaluation.sensitivity
         ),
+        temperature=evaluation.fit_temperature,
     )
 
 

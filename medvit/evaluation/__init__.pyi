@@ -1,3 +1,4 @@
+from .calibration import fit_temperature as fit_temperature
 from .metrics import macro_auroc as macro_auroc
 from .metrics import operating_point as operating_point
 from .predictions import read_predictions as read_predictions

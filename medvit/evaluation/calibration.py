@@ -21,6 +21,8 @@ STEPS = 25
 """Of Newton's method, at most; it takes five or six."""
 
 TEMPERATURES = (0.05, 20.0)
+PRIOR = 1.0
+"""Standard deviation of the log temperature before any case is seen: few cases, however well told apart, say little."""
 
 
 def weighted_calibration(labels: Bools, probabilities: Floats, weights: Floats) -> Floats:
@@ -68,7 +70,7 @@ def _solve(matrix: Floats, right: Floats) -> Floats:
 
 
 def fit_temperature(labels: npt.ArrayLike, probabilities: npt.ArrayLike) -> float:
-    """The temperature whose probabilities have the smallest log loss. Give it validation cases, never those reported.
+    """The likeliest temperature. Give it validation cases, never those reported.
 
     Args:
         labels: (n,) class index, 0..K-1.
@@ -84,7 +86,8 @@ def fit_temperature(labels: npt.ArrayLike, probabilities: npt.ArrayLike) -> floa
 
     def loss(log_temperature: float) -> float:
         scaled = logits / np.exp(log_temperature)
-        return float(np.mean(special.logsumexp(scaled, axis=1) - scaled[np.arange(len(index)), index]))
+        losses = special.logsumexp(scaled, axis=1) - scaled[np.arange(len(index)), index]
+        return float(losses.sum() + (log_temperature / PRIOR) ** 2 / 2)
 
     low, high = np.log(TEMPERATURES)
     return float(np.exp(optimize.minimize_scalar(loss, bounds=(low, high), method="bounded").x))

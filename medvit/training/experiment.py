@@ -24,7 +24,7 @@ from medvit.data.cache import SliceCache
 from medvit.data.dataset import CaseDataset, collate
 from medvit.data.pipelines import window_statistics
 from medvit.data.splits import Fold, Indices
-from medvit.inference import Encoder, Model, with_operating_point
+from medvit.inference import Encoder, Model, recalibrated
 from medvit.models.backbone import normalisation
 from medvit.models.bundle import BundleInfo, TrainingRange, save_bundle
 from medvit.models.classifier import CtClassifier, build_classifier
@@ -45,10 +45,21 @@ class Judge:
     Attributes:
         score: -> AUROC; NaN where undefined.
         operating_point: -> threshold on the last class; only called for two classes.
+        temperature: -> what to divide logits by, from probabilities at temperature 1.
     """
 
     score: Callable[[Labels, Floats], float]
     operating_point: Callable[[Labels, Floats], float]
+    temperature: Callable[[Labels, Floats], float]
+
+
+class FoldResult(NamedTuple):
+    """Of one fold: test predictions at temperature 1 (`raw`) and as reported, and what was learned."""
+
+    raw: list[Prediction]
+    predictions: list[Prediction]
+    history: History
+    model: Model
 
 
 @dataclass(frozen=True)
@@ -101,11 +112,11 @@ class Experiment:
         done = []
         for number, fold in enumerate(folds):
             done.append(self.run_fold(fold, number))
-            self._write_metrics([history for _, history, _ in done])
-        predictions = [prediction for found, _, _ in done for prediction in found]
-        histories = tuple(history for _, history, _ in done)
+            self._write_metrics([one.history for one in done])
+        predictions = [prediction for one in done for prediction in one.predictions]
+        histories = tuple(one.history for one in done)
         if len(folds) == 1:
-            model = done[0][2]
+            model = done[0].model
             info = model.info
             if len(folds[0].target):
                 found = adaptation.measure(
@@ -115,20 +126,21 @@ class Experiment:
         else:
             epochs = max(1, round(statistics.median(history.best_epoch for history in histories)))
             model = self.refit(epochs)
-            info = model.info.model_copy(update={"threshold": self._threshold(predictions)})
+            raw = [prediction for one in done for prediction in one.raw]
+            info = self._decided(model, raw).info
         if processes.first():
             save_bundle(self.folder / "bundle", model.encoder.classifier, info)
         processes.wait()
         return Result(tuple(predictions), self.folder / "bundle", histories)
 
-    def run_fold(self, fold: Fold, number: int) -> tuple[list[Prediction], History, Model]:
-        """Train one fold: epoch and threshold are chosen on its validation cases, its test cases are predicted once."""
+    def run_fold(self, fold: Fold, number: int) -> FoldResult:
+        """Train one fold: its validation cases choose epoch, temperature and threshold, its test is predicted once."""
         name = f"fold {number + 1}" if self.config.data.folds else "training"
         model, history = self.fit_fold(fold, self.folder / "checkpoints" / f"fold{number}", name)
         validation = self.material.predict(model, fold.val)
-        model = replace(model, info=model.info.model_copy(update={"threshold": self._threshold(validation)}))
-        held_out = with_operating_point(self.material.predict(model, fold.test), model.info.threshold)
-        return [replace(prediction, fold=number) for prediction in held_out], history, model
+        raw = [replace(one, fold=number) for one in self.material.predict(model, fold.test)]
+        model = self._decided(model, validation)
+        return FoldResult(raw, recalibrated(raw, model.info.temperature, model.info.threshold), history, model)
 
     def fit_fold(self, fold: Fold, folder: Path, name: str) -> tuple[Model, History]:
         """Train on one fold without a look at its test cases.
@@ -270,11 +282,15 @@ class Experiment:
             found["oracle_auroc"] = self.judge.score(*oracle)
         return found
 
-    def _threshold(self, predictions: Sequence[Prediction]) -> float | None:
-        if len(self.classes) != 2:
-            return None
+    def _decided(self, model: Model, predictions: Sequence[Prediction]) -> Model:
+        """With the temperature, and for two classes the threshold, of predictions at temperature 1."""
         labels, probabilities = self.material.table(predictions)
-        return self.judge.operating_point(labels, probabilities)
+        temperature, threshold = self.judge.temperature(labels, probabilities), None
+        if len(self.classes) == 2:
+            _, probabilities = self.material.table(recalibrated(predictions, temperature))
+            threshold = self.judge.operating_point(labels, probabilities)
+        update = {"temperature": temperature, "threshold": threshold}
+        return replace(model, info=model.info.model_copy(update=update))
 
 
 def stages_of(classifier: CtClassifier, stages: Sequence[Stage]) -> list[str]:

@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import special
 from sklearn.linear_model import LogisticRegression
@@ -16,6 +16,7 @@ def simulated(seed, slope=1.0, intercept=0.0, cases=400):
     return rng.random(cases) < special.expit(slope * special.logit(p) + intercept), p
 
 
+@settings(deadline=None, max_examples=30)
 @given(st.integers(0, 10_000), st.floats(0.3, 2), st.floats(-1, 1))
 def test_slope_and_intercept_equal_logistic_regression(seed, slope, intercept):
     truth, p = simulated(seed, slope, intercept)
@@ -67,5 +68,5 @@ def test_one_class_decides_no_temperature():
     assert fit_temperature([1, 1], [[0.2, 0.8], [0.4, 0.6]]) == 1.0
 
 
-def test_perfect_cases_do_not_make_it_certain():
-    assert fit_temperature([0, 1] * 5, [[0.9, 0.1], [0.1, 0.9]] * 5) >= 0.05
+def test_few_perfect_cases_do_not_make_it_certain():
+    assert 0.3 < fit_temperature([0, 1] * 5, [[0.9, 0.1], [0.1, 0.9]] * 5) < 1

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from scipy.special import softmax
 
 from medvit.config import AugmentConfig, Config, InferenceConfig
 from medvit.data.cache import SliceCache
@@ -65,7 +66,7 @@ class Recorder:
     """A judge that writes down what it was asked, and answers from a script."""
 
     def __init__(self, scores: tuple[float, ...] = ()) -> None:
-        self.scores, self.points = list(scores), []
+        self.scores, self.points, self.temperatures = list(scores), [], []
         self.asked: list[int] = []
 
     def judge(self) -> Judge:
@@ -77,7 +78,11 @@ class Recorder:
             self.points.append((labels.tolist(), probabilities))
             return len(self.points) / 10
 
-        return Judge(score, point)
+        def temperature(labels: np.ndarray, probabilities: np.ndarray) -> float:
+            self.temperatures.append((labels.tolist(), probabilities))
+            return 2.0
+
+        return Judge(score, point, temperature)
 
 
 def make(root: Path, folder: Path, *, mode: str = "all", labels: list[str] = LABELS, recorder=None, **training: Any):
@@ -142,6 +147,16 @@ def test_threshold_of_the_bundle_comes_from_out_of_fold_predictions(done):
     assert open_bundle(result.bundle)[1].threshold == pytest.approx(0.3)
 
 
+def test_temperature_comes_from_validation_and_that_of_the_bundle_from_out_of_fold_predictions(done):
+    _, result, recorder = done
+    out_of_fold = [CLASSES.index(prediction.label) for prediction in result.predictions]
+    assert [labels for labels, _ in recorder.temperatures] == [[1, 0], [0, 1], out_of_fold]
+    assert open_bundle(result.bundle)[1].temperature == 2.0
+    for (_, before), (_, after) in zip(recorder.temperatures, recorder.points, strict=True):
+        # the threshold is on the probabilities that will be reported, and these are at the temperature
+        np.testing.assert_allclose(softmax(np.log(before) / 2, axis=1), after, rtol=1e-5)
+
+
 def test_bundle_is_a_refit_on_all_cases_for_the_median_best_epoch(done):
     experiment, result, _ = done
     rows = (experiment.folder / "checkpoints" / "refit" / "metrics.jsonl").read_text().splitlines()
@@ -170,7 +185,7 @@ def test_normalisation_of_the_config_goes_before_the_backbones(root, tmp_path):
     experiment = make(root, tmp_path)
     given = experiment.config.preprocessing.model_copy(update={"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6)})
     experiment.config = experiment.config.model_copy(update={"preprocessing": given})
-    info = experiment.run_fold(FOLDS[0], 0)[2].info
+    info = experiment.run_fold(FOLDS[0], 0).model.info
     assert (info.mean, info.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
 
 
@@ -196,7 +211,7 @@ def test_resumed_experiment_predicts_the_same(done, root):
 
 def test_frozen_trunk_is_computed_once_and_predicts_what_the_uncached_path_does(root, tmp_path):
     experiment = make(root, tmp_path, mode="frozen")
-    predictions, _, model = experiment.run_fold(FOLDS[0], 0)
+    predictions, model = (getattr(experiment.run_fold(FOLDS[0], 0), name) for name in ("predictions", "model"))
     assert len(list((tmp_path / "cache").glob("*.features.npy"))) == COUNT
     for prediction in predictions:
         case = experiment.cases[int(prediction.case_id[4:])]
@@ -250,7 +265,7 @@ def test_class_weights_come_from_the_training_cases_alone(root, tmp_path):
 def test_training_learns_what_tells_the_classes_apart(root, tmp_path):
     stages = [{"epochs": 12, "lr": 1e-2}]
     experiment = make(root, tmp_path, stages=stages, select="last")
-    predictions, _, _ = experiment.run_fold(FOLDS[0], 0)
+    predictions = experiment.run_fold(FOLDS[0], 0).predictions
     score = {prediction.case_id: prediction.probabilities["bleed"] for prediction in predictions}
     assert min(score[f"case{i}"] for i in (5, 7, 9)) > max(score[f"case{i}"] for i in (6, 8))
 
@@ -267,10 +282,10 @@ def test_three_classes_have_no_threshold(root, tmp_path):
         tmp_path,
         recorder.judge(),
     )
-    predictions, _, model = experiment.run_fold(FOLDS[0], 0)
-    assert model.info.threshold is None
+    found = experiment.run_fold(FOLDS[0], 0)
+    assert found.model.info.threshold is None
     assert not recorder.points
-    assert all(len(prediction.probabilities) == 3 for prediction in predictions)
+    assert all(len(prediction.probabilities) == 3 for prediction in found.predictions)
 
 
 def with_data(experiment, **settings):
@@ -280,7 +295,7 @@ def with_data(experiment, **settings):
 
 def test_normalisation_of_training_is_that_of_the_training_cases_alone(root, tmp_path):
     experiment = with_data(make(root, tmp_path), normalise="training")
-    info = experiment.run_fold(FOLDS[0], 0)[2].info
+    info = experiment.run_fold(FOLDS[0], 0).model.info
     slices = [experiment.slices.load(experiment.cases[index]) for index in FOLDS[0].train]
     assert (info.mean, info.std) == window_statistics(slices, experiment.config.preprocessing.windows)
 

@@ -55,7 +55,7 @@ def test_labels_of_the_test_fold_do_not_reach_the_sweep(root, tmp_path):  # noqa
     found = []
     for name, labels in (("true", LABELS), ("flipped", flipped([*FOLDS[0].train, *FOLDS[0].val]))):
         experiment = make(root, tmp_path / name, labels=labels)
-        experiment.judge = Judge(right, right)
+        experiment.judge = Judge(right, right, right)
         config, points = sweep(experiment, FOLDS[0], "rates")
         found.append((config, judged(points)))
     assert found[0] == found[1]
@@ -65,7 +65,7 @@ def test_labels_of_the_target_do_not_reach_the_sweep(root, tmp_path):  # noqa: F
     found = []
     for name, labels in (("true", LABELS), ("flipped", flipped(range(6)))):
         experiment = towards(root, tmp_path / name, labels=labels)
-        experiment.judge = Judge(right, right)
+        experiment.judge = Judge(right, right, right)
         config, points = sweep(experiment, TOWARDS, "rates")
         found.append((config, judged(points)))
     assert found[0] == found[1]

@@ -161,7 +161,7 @@ def test_judges_are_asked_for_nothing_where_nothing_is_known(root, tmp_path):  #
         return 0.5
 
     experiment = towards(root, tmp_path)
-    experiment.judge = Judge(never, never)
+    experiment.judge = Judge(never, never, never)
     unlabelled = Fold(TOWARDS.train, TOWARDS.val, np.array([], np.intp), np.array([6, 7, 8, 9]))
     experiment.run([unlabelled])
     found = json.loads((tmp_path / "adaptation.json").read_text())
@@ -179,7 +179,7 @@ def test_target_labels_do_not_reach_what_selects_the_epoch(select, root, tmp_pat
     seen = []
     for name, labels in (("true", LABELS), ("flipped", flipped)):
         experiment = towards(root, tmp_path / name, labels=labels, training__select=select)
-        experiment.judge = Judge(right, right)
+        experiment.judge = Judge(right, right, right)
         seen.append(experiment.fit_fold(TOWARDS, tmp_path / name / "fit", name)[1])
     left_out = {"val_oracle_auroc", "waiting_share"}
     rows = [[{k: v for k, v in row.items() if k not in left_out} for row in history.rows] for history in seen]
