@@ -165,10 +165,34 @@ class TrainingConfig(_Section):
     seed: int = Field(0, ge=0)
 
 
+class TtaConfig(_Section):
+    """Test-time augmentation: the mean of several views is the prediction, in evaluation and deployment alike."""
+
+    views: int = Field(
+        5, ge=2, le=64, description="how many, the slices as they are among them: so many times the cost"
+    )
+    scale: tuple[float, float] = Field(
+        (0.9, 1.1), description="smallest and largest zoom; what is drawn is rounded to whole patches"
+    )
+    crop: bool = Field(True, description="an enlarged picture is cropped anywhere, not only around its middle")
+    shift: float = Field(0.02, ge=0, le=0.3, description="largest shift besides, share of the picture's side")
+    rotate_deg: float = Field(5.0, ge=0, le=45, description="largest rotation")
+    window_jitter: float = Field(0.03, ge=0, lt=1, description="as in data.augment")
+    flip: bool = Field(False, description="left-right flips: never for lateralised findings")
+    seed: int = Field(0, ge=0, description="of the views, which are the same for all cases")
+
+    @model_validator(mode="after")
+    def _scales_in_order(self) -> TtaConfig:
+        if not 0.5 <= self.scale[0] <= self.scale[1] <= 2:
+            raise ValueError(f"scale: {list(self.scale)}; give smallest and largest zoom, between 0.5 and 2")
+        return self
+
+
 class InferenceConfig(_Section):
     """Prediction."""
 
     batch_slices: int = Field(32, gt=0, description="slices through the backbone at once: the memory knob")
+    tta: TtaConfig | None = Field(None, description="test-time augmentation; null: none. It travels in the bundle")
 
 
 class EvaluationConfig(_Section):

@@ -5,7 +5,7 @@ What a report says about a model holds for what is deployed because both come th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from medvit.config import TtaConfig
 from medvit.data.pipelines import Slices, choose_slices, prediction_transform, prepare_slices, resize_slices
 from medvit.data.pseudonym import pseudonym
+from medvit.data.views import AS_IT_IS, View, draw_views, look, rewindowed
 from medvit.models.bundle import BundleInfo, open_bundle
 from medvit.models.classifier import CtClassifier
 from medvit.records import Case, Prediction, Preprocessing, Scan
@@ -29,11 +31,16 @@ STUDIES_AT_ONCE = 256
 
 
 class StudyOutput(NamedTuple):
-    """Of one study: `logits` (K,), `weights` (S,) of its slices, and its `pooled` features (D,)."""
+    """Of one study: `logits` (K,), `weights` (S,) of its slices, and its `pooled` features (D,).
+
+    With several views logits and weights are means over them, features those of the slices as they are, and `views`
+    (V, K) the logits of each.
+    """
 
     logits: Floats
     weights: Floats
     pooled: Floats
+    views: Floats
 
 
 @dataclass(frozen=True)
@@ -45,6 +52,7 @@ class Encoder:
         preprocessing: windows and slice rule.
         mean: per channel; `std` too.
         batch_slices: slices through the backbone at once.
+        views: of test-time augmentation, the slices as they are first.
     """
 
     classifier: CtClassifier
@@ -52,10 +60,20 @@ class Encoder:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     batch_slices: int = 32
+    views: tuple[View, ...] = (AS_IT_IS,)
 
-    def encode(self, slices: Slices) -> Floats:
-        """int16 HU (S, size, size) -> features (S, D)."""
-        transform = prediction_transform(self.preprocessing, self.mean, self.std)
+    def study(self, slices: Slices) -> tuple[npt.NDArray[np.intp], StudyOutput]:
+        """int16 HU (Z, size, size) -> which slices were looked at, and what the model made of them in all views."""
+        chosen = self.choose(len(slices))
+        # each view by itself: batches of another shape would round differently
+        outputs = [self.studies([self.encode(slices[chosen], view)])[0] for view in self.views]
+        return chosen, combined(outputs)
+
+    def encode(self, slices: Slices, view: View = AS_IT_IS) -> Floats:
+        """int16 HU (S, size, size) -> features (S, D), as a view shows them."""
+        windows = rewindowed(self.preprocessing.windows, view)
+        preprocessing = self.preprocessing.model_copy(update={"windows": windows})
+        transform = prediction_transform(preprocessing, self.mean, self.std)
         device = next(self.classifier.parameters()).device
         was_training = self.classifier.training
         self.classifier.eval()
@@ -63,7 +81,8 @@ class Encoder:
         with torch.inference_mode():
             for start in range(0, len(slices), self.batch_slices):
                 some = np.array(slices[start : start + self.batch_slices], np.float32)
-                values = torch.as_tensor(transform(resize_slices(some, self.classifier.backbone.size)))
+                seen = look(resize_slices(some, self.classifier.backbone.size), view)
+                values = torch.as_tensor(transform(seen))
                 chunks.append(self.classifier.backbone(values.as_subclass(Tensor).to(device)).float().cpu())
         self.classifier.train(was_training)
         return torch.cat(chunks).numpy()
@@ -83,7 +102,8 @@ class Encoder:
                 output = self.classifier(values.to(device), mask.to(device))
                 logits, weights, pooled = (part.float().cpu().numpy() for part in output)
                 results += [
-                    StudyOutput(logits[row], weights[row, : len(one)], pooled[row]) for row, one in enumerate(some)
+                    StudyOutput(logits[row], weights[row, : len(one)], pooled[row], logits[row : row + 1])
+                    for row, one in enumerate(some)
                 ]
         self.classifier.train(was_training)
         return results
@@ -91,6 +111,16 @@ class Encoder:
     def choose(self, count: int) -> npt.NDArray[np.intp]:
         """Which of `count` slices a prediction looks at."""
         return choose_slices(count, self.preprocessing.predict_slices)
+
+
+def combined(outputs: Sequence[StudyOutput]) -> StudyOutput:
+    """One output of those of all views. Means are taken in float64, so that equal views give exactly what one gives."""
+
+    def mean(parts: Sequence[Floats] | Floats) -> Floats:
+        return np.asarray(np.mean(parts, axis=0, dtype=np.float64), np.float32)
+
+    views = np.concatenate([one.views for one in outputs])
+    return StudyOutput(mean(views), mean([one.weights for one in outputs]), outputs[0].pooled, views)
 
 
 def softmax(logits: npt.NDArray[np.floating[Any]], temperature: float = 1.0) -> Floats:
@@ -106,6 +136,12 @@ class Model:
 
     encoder: Encoder
     info: BundleInfo
+
+    def with_views(self, tta: TtaConfig | None) -> Model:
+        """The same model with test-time augmentation, or without: `info.tta` says which."""
+        backbone = self.encoder.classifier.backbone
+        views = draw_views(tta, self.preprocessing.size, backbone.patch)
+        return Model(replace(self.encoder, views=views), self.info.model_copy(update={"tta": tta}))
 
     @property
     def preprocessing(self) -> Preprocessing:
@@ -123,13 +159,12 @@ class Model:
 
     def predict_slices(self, slices: Slices, case: Case) -> Prediction:
         """Predict a case from its prepared slices, int16 HU (Z, size, size)."""
-        chosen = self.encoder.choose(len(slices))
-        ((logits, weights, _),) = self.encoder.studies([self.encoder.encode(slices[chosen])])
-        return self.prediction(case, logits, chosen, weights)
+        return self.prediction(case, *self.encoder.study(slices))
 
-    def prediction(self, case: Case, logits: Floats, chosen: npt.NDArray[np.intp], weights: Floats) -> Prediction:
-        """The record of one case from its logits (K,) and slice weights (S,)."""
-        probabilities = softmax(logits, self.info.temperature)
+    def prediction(self, case: Case, chosen: npt.NDArray[np.intp], output: StudyOutput) -> Prediction:
+        """The record of one case from what the model made of its `chosen` slices (S,)."""
+        probabilities = softmax(output.logits, self.info.temperature)
+        of_views = np.stack([softmax(logits, self.info.temperature) for logits in output.views])
         return Prediction(
             case_id=case.case_id,
             patient_id=case.patient_id,
@@ -142,7 +177,8 @@ class Model:
             study_uid=case.study_uid,
             series_uid=case.series_uid,
             flags=tuple(str(code) for code in case.codes),
-            slice_weights=tuple(zip(chosen.tolist(), weights.tolist(), strict=True)),
+            spread=float(of_views.std(axis=0).max()) if len(of_views) > 1 else None,
+            slice_weights=tuple(zip(chosen.tolist(), output.weights.tolist(), strict=True)),
             model_sha256=self.info.weights_sha256,
             attributes=case.attributes,
         )
@@ -161,7 +197,8 @@ def load_bundle(path: str | Path, *, batch_slices: int = 32, device: str | torch
     """
     classifier, info = open_bundle(Path(path))
     classifier.to(device)
-    return Model(Encoder(classifier, info.preprocessing, info.mean, info.std, batch_slices), info)
+    encoder = Encoder(classifier, info.preprocessing, info.mean, info.std, batch_slices)
+    return Model(encoder, info).with_views(info.tta)
 
 
 def case_of(scan: Scan) -> Case:
@@ -182,20 +219,3 @@ def case_of(scan: Scan) -> Case:
         series_uid=header.series_uid,
         codes=scan.codes,
     )
-
-
-def recalibrated(
-    predictions: Sequence[Prediction], temperature: float = 1.0, threshold: float | None = None
-) -> list[Prediction]:
-    """The same predictions, made at temperature 1, with logits divided by `temperature`, and decided at `threshold`."""
-    return [
-        replace(one, probabilities=_tempered(one.probabilities, temperature), threshold=threshold)
-        for one in predictions
-    ]
-
-
-def _tempered(probabilities: Mapping[str, float], temperature: float) -> Mapping[str, float]:
-    if temperature == 1:
-        return probabilities
-    logits = np.log(np.clip(list(probabilities.values()), 1e-12, 1), dtype=np.float64)
-    return dict(zip(probabilities, softmax(logits, temperature).tolist(), strict=True))

@@ -424,6 +424,8 @@ class Prediction:
         threshold: operating point on the positive (last) class for two classes; None: highest probability wins.
         slice_weights: attention of each slice that was looked at (index into the scan, weight), weights sum to 1.
         flags: reason codes and other warnings.
+        spread: standard deviation over the views of test-time augmentation of the class where it is largest; None:
+            one view.
     """
 
     case_id: str
@@ -438,6 +440,7 @@ class Prediction:
     study_uid: str = ""
     series_uid: str = ""
     flags: tuple[str, ...] = ()
+    spread: float | None = None
     slice_weights: tuple[tuple[int, float], ...] = ()
     model_sha256: str = ""
     attributes: Mapping[str, str] = field(default_factory=dict)
@@ -471,6 +474,7 @@ class Prediction:
             "study_uid": self.study_uid,
             "series_uid": self.series_uid,
             "flags": " ".join(self.flags),
+            "spread": None if self.spread is None else round(self.spread, 6),
             "model_sha256": self.model_sha256,
             **self.attributes,
         }

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from medvit.config import ModelConfig
+from medvit.config import ModelConfig, TtaConfig
 from medvit.data.pipelines import prepare_slices
-from medvit.inference import STUDIES_AT_ONCE, Encoder, Model, load_bundle, recalibrated, softmax
+from medvit.inference import STUDIES_AT_ONCE, Encoder, Model, load_bundle, softmax
 from medvit.models.bundle import BundleInfo, open_bundle, save_bundle
 from medvit.models.classifier import build_classifier
 from medvit.records import Preprocessing, Scan, ScanHeader, UsageError
@@ -141,13 +141,7 @@ def test_threshold_of_the_bundle_decides(threshold, decision, model):
 def test_threshold_itself_is_positive(model):
     predictions = model.predict([scan(1)])
     at = predictions[0].probabilities["bleed"]
-    assert recalibrated(predictions, threshold=at)[0].predicted == "bleed"
-
-
-def test_other_operating_point_changes_nothing_but_the_decision(model):
-    (prediction,) = model.predict([scan(1)])
-    (moved,) = recalibrated([prediction], threshold=0.9)
-    assert dataclasses.replace(moved, threshold=prediction.threshold) == prediction
+    assert dataclasses.replace(predictions[0], threshold=at).predicted == "bleed"
 
 
 def test_prediction_carries_the_hash_of_the_model(run, model):
@@ -163,7 +157,7 @@ def test_prediction_carries_no_identifier_of_the_patient(model):
 
 def test_features_are_of_the_slices_that_a_prediction_looks_at(model):
     (features,) = model.features([scan(1)])
-    ((logits, _, _),) = model.encoder.studies([features])
+    ((logits, *_),) = model.encoder.studies([features])
     np.testing.assert_allclose(softmax(logits, 1.5)[1], probability(model, scan(1))[0], atol=1e-6)
 
 
@@ -182,7 +176,46 @@ def test_studies_of_any_length_beside_each_other_come_out_as_alone(model):
     features = [rng.normal(size=(1 + index % 5, width)).astype(np.float32) for index in range(STUDIES_AT_ONCE + 3)]
     together = model.encoder.studies(features)
     assert len(together) == len(features)
-    for one, (logits, weights, _) in zip(features, together, strict=True):
-        ((expected, expected_weights, _),) = model.encoder.studies([one])
+    for one, (logits, weights, *_) in zip(features, together, strict=True):
+        ((expected, expected_weights, *_),) = model.encoder.studies([one])
         np.testing.assert_allclose(logits, expected, atol=1e-5)
         np.testing.assert_allclose(weights, expected_weights, atol=1e-6)
+
+
+STILL = TtaConfig(views=4, scale=(1, 1), crop=False, shift=0, rotate_deg=0, window_jitter=0)
+
+
+def test_views_that_change_nothing_change_no_bit(model):
+    (plain,), (still,) = model.predict([scan(1)]), model.with_views(STILL).predict([scan(1)])
+    assert still.spread == 0
+    assert dataclasses.replace(still, spread=None) == plain
+
+
+def test_prediction_is_the_mean_of_the_logits_of_all_views(model):
+    tta = TtaConfig(views=3, scale=(0.75, 1.25), rotate_deg=20)
+    augmented = model.with_views(tta)
+    prepared = prepare_slices(scan(1), PREPROCESSING)
+    logits = []
+    for view in augmented.encoder.views:
+        alone = dataclasses.replace(model.encoder, views=(view,))
+        logits.append(alone.study(prepared)[1].logits)
+    assert len({tuple(one) for one in logits}) == 3
+    (prediction,) = augmented.predict([scan(1)])
+    expected = softmax(np.mean(logits, axis=0), 1.5)
+    assert prediction.probabilities["bleed"] == pytest.approx(expected[1], abs=1e-6)
+    each = [softmax(one, 1.5)[1] for one in logits]
+    assert prediction.spread == pytest.approx(np.std(each), abs=1e-6)
+    assert augmented.predict([scan(1)]) == [prediction]  # no chance left in it
+
+
+def test_views_travel_in_the_bundle(run, model, tmp_path):
+    info = model.info.model_copy(update={"tta": TtaConfig(views=3)})
+    save_bundle(tmp_path, model.encoder.classifier, info)
+    assert load_bundle(tmp_path).predict([scan(1)]) != model.predict([scan(1)])
+    assert len(load_bundle(tmp_path).encoder.views) == 3
+    assert len(load_bundle(run).encoder.views) == 1
+
+
+def test_features_are_those_of_the_slices_as_they_are(model):
+    (plain,), (several,) = model.features([scan(1)]), model.with_views(TtaConfig()).features([scan(1)])
+    assert (plain == several).all()

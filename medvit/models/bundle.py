@@ -13,7 +13,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors.torch import load_file, save_file
 
-from medvit.config import ModelConfig
+from medvit.config import ModelConfig, TtaConfig
 from medvit.models.classifier import CtClassifier, build_classifier
 from medvit.records import Preprocessing, UsageError
 
@@ -50,6 +50,7 @@ class BundleInfo(BaseModel):
     classes: tuple[str, ...]
     threshold: float | None = None
     temperature: float = 1.0
+    tta: TtaConfig | None = None
     training_range: TrainingRange = TrainingRange()
     provenance: dict[str, str] = {}
     weights_sha256: str = ""

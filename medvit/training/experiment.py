@@ -24,7 +24,7 @@ from medvit.data.cache import SliceCache
 from medvit.data.dataset import CaseDataset, collate
 from medvit.data.pipelines import window_statistics
 from medvit.data.splits import Fold, Indices
-from medvit.inference import Encoder, Model, recalibrated
+from medvit.inference import Encoder, Model, softmax
 from medvit.models.backbone import normalisation
 from medvit.models.bundle import BundleInfo, TrainingRange, save_bundle
 from medvit.models.classifier import CtClassifier, build_classifier
@@ -117,7 +117,6 @@ class Experiment:
         histories = tuple(one.history for one in done)
         if len(folds) == 1:
             model = done[0].model
-            info = model.info
             if len(folds[0].target):
                 found = adaptation.measure(
                     self.material, model, folds[0], predictions, histories[0], score=self.judge.score
@@ -125,11 +124,11 @@ class Experiment:
                 adaptation.write(found, self.folder / "adaptation.json")
         else:
             epochs = max(1, round(statistics.median(history.best_epoch for history in histories)))
-            model = self.refit(epochs)
+            model = self.refit(epochs).with_views(self.config.inference.tta)
             raw = [prediction for one in done for prediction in one.raw]
-            info = self._decided(model, raw).info
+            model = self._decided(model, raw)
         if processes.first():
-            save_bundle(self.folder / "bundle", model.encoder.classifier, info)
+            save_bundle(self.folder / "bundle", model.encoder.classifier, model.info)
         processes.wait()
         return Result(tuple(predictions), self.folder / "bundle", histories)
 
@@ -137,10 +136,14 @@ class Experiment:
         """Train one fold: its validation cases choose epoch, temperature and threshold, its test is predicted once."""
         name = f"fold {number + 1}" if self.config.data.folds else "training"
         model, history = self.fit_fold(fold, self.folder / "checkpoints" / f"fold{number}", name)
-        validation = self.material.predict(model, fold.val)
-        raw = [replace(one, fold=number) for one in self.material.predict(model, fold.test)]
-        model = self._decided(model, validation)
-        return FoldResult(raw, recalibrated(raw, model.info.temperature, model.info.threshold), history, model)
+        model = model.with_views(self.config.inference.tta)  # epochs were chosen without
+        outputs, as_it_is = self.material.outputs(model, fold.test), model
+        model = self._decided(model, self.material.predict(model, fold.val))
+        raw, predictions = (
+            [replace(prediction, fold=number) for prediction in self.material.described(one, fold.test, outputs)]
+            for one in (as_it_is, model)
+        )
+        return FoldResult(raw, predictions, history, model)
 
     def fit_fold(self, fold: Fold, folder: Path, name: str) -> tuple[Model, History]:
         """Train on one fold without a look at its test cases.
@@ -287,8 +290,9 @@ class Experiment:
         labels, probabilities = self.material.table(predictions)
         temperature, threshold = self.judge.temperature(labels, probabilities), None
         if len(self.classes) == 2:
-            _, probabilities = self.material.table(recalibrated(predictions, temperature))
-            threshold = self.judge.operating_point(labels, probabilities)
+            logits = np.log(np.clip(probabilities, 1e-12, 1))
+            tempered = np.stack([softmax(row, temperature) for row in logits]).astype(np.float64)
+            threshold = self.judge.operating_point(labels, tempered if temperature != 1 else probabilities)
         update = {"temperature": temperature, "threshold": threshold}
         return replace(model, info=model.info.model_copy(update=update))
 

@@ -90,9 +90,15 @@ class Material:
 
     def predict(self, model: Model, chosen: Indices) -> list[Prediction]:
         """Predictions of the chosen cases, the numbers of `Model.predict`."""
+        return self.described(model, chosen, self.outputs(model, chosen))
+
+    def described(
+        self, model: Model, chosen: Indices, outputs: Sequence[tuple[Indices, StudyOutput]]
+    ) -> list[Prediction]:
+        """Predictions of the chosen cases from their `outputs`, at the temperature and threshold of the model."""
         return [
-            model.prediction(self.cases[index], output.logits, looked_at, output.weights)
-            for index, (looked_at, output) in zip(chosen, self.outputs(model, chosen), strict=True)
+            model.prediction(self.cases[index], looked_at, output)
+            for index, (looked_at, output) in zip(chosen, outputs, strict=True)
         ]
 
     def pooled(self, model: Model, chosen: Indices) -> npt.NDArray[np.float32]:
@@ -105,14 +111,8 @@ class Material:
 
     def _outputs(self, model: Model, chosen: Sequence[int]) -> list[tuple[Indices, StudyOutput]]:
         encoder = model.encoder
-        if not self.frozen:
-            found = []
-            for index in chosen:
-                slices = self.slices.load(self.cases[index])
-                looked_at = encoder.choose(len(slices))
-                (output,) = encoder.studies([encoder.encode(slices[looked_at])])
-                found.append((looked_at, output))
-            return found
+        if not self.frozen or len(encoder.views) > 1:  # features are kept of one view only
+            return [encoder.study(self.slices.load(self.cases[index])) for index in chosen]
         load = self._features(encoder)
         features = [load(self.cases[index]) for index in chosen]
         places = [encoder.choose(len(one)) for one in features]
