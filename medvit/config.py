@@ -193,6 +193,12 @@ class InferenceConfig(_Section):
 
     batch_slices: int = Field(32, gt=0, description="slices through the backbone at once: the memory knob")
     tta: TtaConfig | None = Field(None, description="test-time augmentation; null: none. It travels in the bundle")
+    ood: Literal["mahalanobis", "knn"] | None = Field(
+        "mahalanobis", description="how far a case's features are from those of the training cases is scored so"
+    )
+    ood_share: float = Field(
+        0.05, gt=0, lt=1, description="share of cases like the training cases that may be flagged as unlike them"
+    )
 
 
 class EvaluationConfig(_Section):

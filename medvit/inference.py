@@ -20,8 +20,9 @@ from medvit.config import TtaConfig
 from medvit.data.pipelines import Slices, choose_slices, prediction_transform, prepare_slices, resize_slices
 from medvit.data.pseudonym import pseudonym
 from medvit.data.views import AS_IT_IS, View, draw_views, look, rewindowed
-from medvit.models.bundle import BundleInfo, open_bundle
+from medvit.models.bundle import BundleInfo, open_bundle, open_reference
 from medvit.models.classifier import CtClassifier
+from medvit.models.reference import FLAG, Reference
 from medvit.records import Case, Prediction, Preprocessing, Scan
 
 Floats = npt.NDArray[np.float32]
@@ -132,16 +133,23 @@ def softmax(logits: npt.NDArray[np.floating[Any]], temperature: float = 1.0) -> 
 
 @dataclass(frozen=True)
 class Model:
-    """A bundle ready to predict. See `load_bundle`."""
+    """A bundle ready to predict. See `load_bundle`.
+
+    Attributes:
+        encoder: classifier and what it is shown.
+        info: temperature, threshold, class order and the rest of bundle.json.
+        reference: what the model knows; None: it flags nothing as unknown.
+    """
 
     encoder: Encoder
     info: BundleInfo
+    reference: Reference | None = None
 
     def with_views(self, tta: TtaConfig | None) -> Model:
         """The same model with test-time augmentation, or without: `info.tta` says which."""
         backbone = self.encoder.classifier.backbone
         views = draw_views(tta, self.preprocessing.size, backbone.patch)
-        return Model(replace(self.encoder, views=views), self.info.model_copy(update={"tta": tta}))
+        return replace(self, encoder=replace(self.encoder, views=views), info=self.info.model_copy(update={"tta": tta}))
 
     @property
     def preprocessing(self) -> Preprocessing:
@@ -164,6 +172,9 @@ class Model:
     def prediction(self, case: Case, chosen: npt.NDArray[np.intp], output: StudyOutput) -> Prediction:
         """The record of one case from what the model made of its `chosen` slices (S,)."""
         probabilities = softmax(output.logits, self.info.temperature)
+        known = self.reference
+        score = None if known is None else float(known.score(output.pooled[None])[0])
+        unknown = known is not None and score is not None and score > known.threshold
         of_views = np.stack([softmax(logits, self.info.temperature) for logits in output.views])
         return Prediction(
             case_id=case.case_id,
@@ -176,7 +187,8 @@ class Model:
             threshold=self.info.threshold,
             study_uid=case.study_uid,
             series_uid=case.series_uid,
-            flags=tuple(str(code) for code in case.codes),
+            flags=(*(str(code) for code in case.codes), *([FLAG] if unknown else [])),
+            ood_score=score,
             spread=float(of_views.std(axis=0).max()) if len(of_views) > 1 else None,
             slice_weights=tuple(zip(chosen.tolist(), output.weights.tolist(), strict=True)),
             model_sha256=self.info.weights_sha256,
@@ -198,7 +210,7 @@ def load_bundle(path: str | Path, *, batch_slices: int = 32, device: str | torch
     classifier, info = open_bundle(Path(path))
     classifier.to(device)
     encoder = Encoder(classifier, info.preprocessing, info.mean, info.std, batch_slices)
-    return Model(encoder, info).with_views(info.tta)
+    return Model(encoder, info, open_reference(Path(path), info)).with_views(info.tta)
 
 
 def case_of(scan: Scan) -> Case:

@@ -426,6 +426,7 @@ class Prediction:
         flags: reason codes and other warnings.
         spread: standard deviation over the views of test-time augmentation of the class where it is largest; None:
             one view.
+        ood_score: how far the case is from what the model knows; None: not measured.
     """
 
     case_id: str
@@ -441,6 +442,7 @@ class Prediction:
     series_uid: str = ""
     flags: tuple[str, ...] = ()
     spread: float | None = None
+    ood_score: float | None = None
     slice_weights: tuple[tuple[int, float], ...] = ()
     model_sha256: str = ""
     attributes: Mapping[str, str] = field(default_factory=dict)
@@ -475,6 +477,7 @@ class Prediction:
             "series_uid": self.series_uid,
             "flags": " ".join(self.flags),
             "spread": None if self.spread is None else round(self.spread, 6),
+            "ood_score": None if self.ood_score is None else round(self.ood_score, 6),
             "model_sha256": self.model_sha256,
             **self.attributes,
         }

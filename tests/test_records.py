@@ -132,6 +132,7 @@ def test_predicted_follows_the_threshold_for_two_classes(p, threshold, predicted
 def test_row_has_the_columns_of_predictions_csv_in_order():
     row = prediction({"no": 0.7, "yes": 0.3}).to_row()
     expected = (
-        "case_id patient_id label p_no p_yes predicted site sex age fold threshold study_uid series_uid flags spread"
+        "case_id patient_id label p_no p_yes predicted site sex age fold threshold study_uid series_uid flags spread "
+        "ood_score"
     )
     assert list(row) == [*expected.split(), "model_sha256"]

@@ -1,4 +1,4 @@
-"""A trained model as a folder: `model.safetensors` and `bundle.json`. No pickle, versioned, hashed.
+"""A trained model as a folder: weights and reference as safetensors, `bundle.json`. No pickle, versioned, hashed.
 
 The JSON holds everything that decides a prediction beside the weights: architecture, preprocessing, class order,
 operating point. A bundle that was changed in transit does not load.
@@ -8,17 +8,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from pathlib import Path
+from typing import Literal
 
+import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors.torch import load_file, save_file
 
 from medvit.config import ModelConfig, TtaConfig
 from medvit.models.classifier import CtClassifier, build_classifier
+from medvit.models.reference import Reference
 from medvit.records import Preprocessing, UsageError
 
 SCHEMA_VERSION = 1
-WEIGHTS_FILE, MANIFEST_FILE = "model.safetensors", "bundle.json"
+WEIGHTS_FILE, REFERENCE_FILE, MANIFEST_FILE = "model.safetensors", "reference.safetensors", "bundle.json"
+REFERENCE_ARRAYS = ("mean", "precision", "known")
 
 
 class TrainingRange(BaseModel):
@@ -31,6 +36,19 @@ class TrainingRange(BaseModel):
     manufacturers: tuple[str, ...] = ()
     contrast: tuple[str, ...] = ()
     slice_thickness_mm: tuple[float, float] | None = None
+
+
+class ReferenceInfo(BaseModel):
+    """What tells cases apart that the model does not know; its arrays are in reference.safetensors.
+
+    `threshold` None: there were too few reference cases to set one.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["mahalanobis", "knn"]
+    threshold: float | None
+    sha256: str = ""
 
 
 class BundleInfo(BaseModel):
@@ -51,6 +69,7 @@ class BundleInfo(BaseModel):
     threshold: float | None = None
     temperature: float = 1.0
     tta: TtaConfig | None = None
+    ood: ReferenceInfo | None = None
     training_range: TrainingRange = TrainingRange()
     provenance: dict[str, str] = {}
     weights_sha256: str = ""
@@ -72,14 +91,21 @@ def find_bundle(path: Path) -> Path:
     )
 
 
-def save_bundle(folder: Path, classifier: CtClassifier, info: BundleInfo) -> BundleInfo:
-    """Write weights, then the JSON that makes them a bundle; returns the info with the hashes filled in."""
+def save_bundle(
+    folder: Path, classifier: CtClassifier, info: BundleInfo, reference: Reference | None = None
+) -> BundleInfo:
+    """Write weights and reference, then the JSON that makes them a bundle; returns the info with all hashes."""
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in classifier.state_dict().items()}
-    part = folder / f"{WEIGHTS_FILE}.part"
-    save_file(weights, part)
-    part.replace(folder / WEIGHTS_FILE)
-    complete = info.model_copy(update={"weights_sha256": _sha256(folder / WEIGHTS_FILE)})
+    complete = info.model_copy(update={"weights_sha256": _save(weights, folder / WEIGHTS_FILE), "ood": None})
+    if reference is not None:
+        arrays = {name: torch.from_numpy(getattr(reference, name)) for name in REFERENCE_ARRAYS}
+        ood = ReferenceInfo(
+            kind=reference.kind,
+            threshold=reference.threshold if math.isfinite(reference.threshold) else None,
+            sha256=_save(arrays, folder / REFERENCE_FILE),
+        )
+        complete = complete.model_copy(update={"ood": ood})
     complete = complete.model_copy(update={"info_sha256": _info_sha256(complete.model_dump_json())})
     part = folder / f"{MANIFEST_FILE}.part"
     part.write_text(complete.model_dump_json(indent=2), encoding="utf-8")
@@ -116,6 +142,30 @@ def open_bundle(path: Path) -> tuple[CtClassifier, BundleInfo]:
     classifier.load_state_dict(load_file(weights))
     classifier.eval()
     return classifier, info
+
+
+def open_reference(path: Path, info: BundleInfo) -> Reference | None:
+    """What the model of a bundle knows; None where the bundle does not say.
+
+    Raises:
+        UsageError: missing or damaged.
+    """
+    if info.ood is None:
+        return None
+    file = find_bundle(path) / REFERENCE_FILE
+    if not file.is_file() or _sha256(file) != info.ood.sha256:
+        raise UsageError(f"{file}: missing, or not the file that {MANIFEST_FILE} describes. Copy the bundle again.")
+    arrays = {name: tensor.numpy() for name, tensor in load_file(file).items()}
+    threshold = math.inf if info.ood.threshold is None else info.ood.threshold
+    return Reference(kind=info.ood.kind, threshold=threshold, **arrays)
+
+
+def _save(tensors: dict[str, torch.Tensor], path: Path) -> str:
+    """Write all or nothing; returns the hash."""
+    part = path.with_name(f"{path.name}.part")
+    save_file(tensors, part)
+    part.replace(path)
+    return _sha256(path)
 
 
 def _info_sha256(text: str) -> str:

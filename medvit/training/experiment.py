@@ -28,6 +28,7 @@ from medvit.inference import Encoder, Model, softmax
 from medvit.models.backbone import normalisation
 from medvit.models.bundle import BundleInfo, TrainingRange, save_bundle
 from medvit.models.classifier import CtClassifier, build_classifier
+from medvit.models.reference import conformal_threshold, know
 from medvit.models.weights import WeightReport
 from medvit.objectives import OBJECTIVES, Objective, Task
 from medvit.records import Case, Prediction, UsageError
@@ -125,10 +126,11 @@ class Experiment:
         else:
             epochs = max(1, round(statistics.median(history.best_epoch for history in histories)))
             model = self.refit(epochs).with_views(self.config.inference.tta)
+            model = self._knowing(model, np.arange(len(self.cases)))
             raw = [prediction for one in done for prediction in one.raw]
             model = self._decided(model, raw)
         if processes.first():
-            save_bundle(self.folder / "bundle", model.encoder.classifier, model.info)
+            save_bundle(self.folder / "bundle", model.encoder.classifier, model.info, model.reference)
         processes.wait()
         return Result(tuple(predictions), self.folder / "bundle", histories)
 
@@ -137,8 +139,9 @@ class Experiment:
         name = f"fold {number + 1}" if self.config.data.folds else "training"
         model, history = self.fit_fold(fold, self.folder / "checkpoints" / f"fold{number}", name)
         model = model.with_views(self.config.inference.tta)  # epochs were chosen without
-        outputs, as_it_is = self.material.outputs(model, fold.test), model
-        model = self._decided(model, self.material.predict(model, fold.val))
+        model = self._knowing(model, np.concatenate([fold.train, fold.target]))
+        validation, outputs = self.material.predict(model, fold.val), self.material.outputs(model, fold.test)
+        as_it_is, model = model, self._decided(model, validation)
         raw, predictions = (
             [replace(prediction, fold=number) for prediction in self.material.described(one, fold.test, outputs)]
             for one in (as_it_is, model)
@@ -285,8 +288,18 @@ class Experiment:
             found["oracle_auroc"] = self.judge.score(*oracle)
         return found
 
+    def _knowing(self, model: Model, cases: Indices) -> Model:
+        """With what these cases look like to the model; its threshold is not decided yet."""
+        kind = self.config.inference.ood
+        if kind is None or len(cases) < 2:
+            return model
+        return replace(model, reference=know(self.material.pooled(model, cases), kind))
+
     def _decided(self, model: Model, predictions: Sequence[Prediction]) -> Model:
-        """With the temperature, and for two classes the threshold, of predictions at temperature 1."""
+        """With all that predictions at temperature 1, of cases that it did not learn from, decide.
+
+        Temperature, for two classes the threshold, and how far is too far from what the model knows.
+        """
         labels, probabilities = self.material.table(predictions)
         temperature, threshold = self.judge.temperature(labels, probabilities), None
         if len(self.classes) == 2:
@@ -294,7 +307,11 @@ class Experiment:
             tempered = np.stack([softmax(row, temperature) for row in logits]).astype(np.float64)
             threshold = self.judge.operating_point(labels, tempered if temperature != 1 else probabilities)
         update = {"temperature": temperature, "threshold": threshold}
-        return replace(model, info=model.info.model_copy(update=update))
+        far = [prediction.ood_score for prediction in predictions if prediction.ood_score is not None]
+        known = model.reference and replace(
+            model.reference, threshold=conformal_threshold(far, self.config.inference.ood_share)
+        )
+        return replace(model, info=model.info.model_copy(update=update), reference=known)
 
 
 def stages_of(classifier: CtClassifier, stages: Sequence[Stage]) -> list[str]:

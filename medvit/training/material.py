@@ -102,8 +102,8 @@ class Material:
         ]
 
     def pooled(self, model: Model, chosen: Indices) -> npt.NDArray[np.float32]:
-        """(N, D) features of whole studies, what the head reads."""
-        return np.stack([output.pooled for _, output in self.outputs(model, chosen)])
+        """(N, D) features of whole studies as they are, what the head reads."""
+        return np.stack([output.pooled for _, output in self.outputs(model.with_views(None), chosen)])
 
     def outputs(self, model: Model, chosen: Indices) -> list[tuple[Indices, StudyOutput]]:
         """For each chosen case the slices that were looked at, and what the model made of them."""

@@ -1,0 +1,90 @@
+"""What a model knows: the features of its reference cases, and how far from them another case lies.
+
+A classifier answers whatever it is shown. The distance of a case's features from those of the cases that it was made
+for says when not to listen: Mahalanobis with a covariance shrunk by Ledoit and Wolf (Lee 2018), or to the nearest of
+them (Sun 2022). The threshold is a conformal quantile of reference cases that the model did not learn from: it never
+moves with the cases it judges, and of cases like them at most `share` are flagged by chance.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+from sklearn.covariance import LedoitWolf
+from sklearn.neighbors import NearestNeighbors
+
+Floats = npt.NDArray[np.float64]
+Kind = Literal["mahalanobis", "knn"]
+
+NEIGHBOURS = 10
+KEPT = 2000
+"""Features of the nearest-neighbour detector that travel in the bundle, at most."""
+
+FLAG = "OUT_OF_DISTRIBUTION"
+"""In `Prediction.flags`: what the model says of this case should not be relied on."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Features that are known, and how far is too far.
+
+    Attributes:
+        kind: how distance is measured.
+        mean: (D,) of the reference cases.
+        precision: (D, D) inverse of their covariance; empty for nearest neighbours.
+        known: (N, D) unit features for nearest neighbours; empty for Mahalanobis.
+        threshold: a larger score is flagged; infinite where there were too few reference cases to tell.
+    """
+
+    kind: Kind
+    mean: npt.NDArray[np.float32]
+    precision: npt.NDArray[np.float32]
+    known: npt.NDArray[np.float32]
+    threshold: float = math.inf
+
+    def score(self, features: npt.NDArray[np.floating]) -> Floats:
+        """Distance (N,) of features (N, D): 0 is the middle of what is known. In standard deviations, or 0..2."""
+        values = np.asarray(features, np.float64)
+        if self.kind == "mahalanobis":
+            apart = values - self.mean
+            square = np.einsum("nd,de,ne->n", apart, self.precision.astype(np.float64), apart, optimize=True)
+            return np.asarray(np.sqrt(np.maximum(square, 0) / values.shape[1]))
+        index = NearestNeighbors(n_neighbors=min(NEIGHBOURS, len(self.known))).fit(self.known)
+        return np.asarray(index.kneighbors(_unit(values - self.mean))[0].mean(axis=1))
+
+
+def know(features: npt.NDArray[np.floating], kind: Kind = "mahalanobis", seed: int = 0) -> Reference:
+    """The reference of features (N, D), without a threshold.
+
+    Raises:
+        ValueError: fewer than two cases.
+    """
+    values = np.asarray(features, np.float64)
+    if len(values) < 2:
+        raise ValueError(f"a reference needs two cases or more, got {len(values)}")
+    mean, nothing = values.mean(axis=0), np.zeros((0, 0), np.float32)
+    if kind == "mahalanobis":
+        precision = LedoitWolf().fit(values).precision_
+        return Reference(kind, mean.astype(np.float32), np.asarray(precision, np.float32), nothing)
+    kept = np.random.default_rng(seed).permutation(len(values))[:KEPT]
+    return Reference(kind, mean.astype(np.float32), nothing, _unit(values[kept] - mean).astype(np.float32))
+
+
+def conformal_threshold(scores: npt.ArrayLike, share: float = 0.05) -> float:
+    """The score that at most `share` of further cases like these exceed; infinite with too few to tell (under 1/share).
+
+    Args:
+        scores: (n,) of reference cases that the model and its reference did not learn from.
+        share: 0..1.
+    """
+    ordered = np.sort(np.asarray(scores, np.float64))
+    rank = math.ceil((len(ordered) + 1) * (1 - share))  # Vovk 2005: the next case is at any rank with equal chance
+    return float(ordered[rank - 1]) if rank <= len(ordered) else math.inf
+
+
+def _unit(values: Floats) -> Floats:
+    return np.asarray(values / np.maximum(np.linalg.norm(values, axis=1, keepdims=True), 1e-12))
