@@ -196,6 +196,10 @@ class InferenceConfig(_Section):
     ood: Literal["mahalanobis", "knn"] | None = Field(
         "mahalanobis", description="how far a case's features are from those of the training cases is scored so"
     )
+    refuse: tuple[Literal["body_part", "kernel", "manufacturer", "contrast", "slice_thickness_mm"], ...] = Field(
+        ("body_part",),
+        description="a scan that is unlike all training scans in one of these gets no score; in the others, a flag",
+    )
     ood_share: float = Field(
         0.05, gt=0, lt=1, description="share of cases like the training cases that may be flagged as unlike them"
     )

@@ -23,7 +23,7 @@ from medvit.data.views import AS_IT_IS, View, draw_views, look, rewindowed
 from medvit.models.bundle import BundleInfo, open_bundle, open_reference
 from medvit.models.classifier import CtClassifier
 from medvit.models.reference import FLAG, Reference
-from medvit.records import Case, Prediction, Preprocessing, Scan
+from medvit.records import Case, Prediction, Preprocessing, ReasonCode, Scan, ScanError
 
 Floats = npt.NDArray[np.float32]
 
@@ -166,8 +166,20 @@ class Model:
         return [self.encoder.encode(slices[self.encoder.choose(len(slices))]) for slices in prepared]
 
     def predict_slices(self, slices: Slices, case: Case) -> Prediction:
-        """Predict a case from its prepared slices, int16 HU (Z, size, size)."""
+        """Predict a case from its prepared slices, int16 HU (Z, size, size).
+
+        Raises:
+            ScanError: NOT_FOR_MODEL, before any score: it is unlike all training scans in what `info.refuse` names.
+        """
+        self.refuse(case)
         return self.prediction(case, *self.encoder.study(slices))
+
+    def refuse(self, case: Case) -> None:
+        """Raise NOT_FOR_MODEL where the model must not be asked about a case."""
+        unlike = [name for name in self.info.training_range.outside(case.acquisition) if name in self.info.refuse]
+        if unlike:
+            seen = ", ".join(f"{name} {case.acquisition[name]}" for name in unlike)
+            raise ScanError(ReasonCode.NOT_FOR_MODEL, f"{seen}: no training scan was like that", case.files)
 
     def prediction(self, case: Case, chosen: npt.NDArray[np.intp], output: StudyOutput) -> Prediction:
         """The record of one case from what the model made of its `chosen` slices (S,)."""
@@ -175,6 +187,7 @@ class Model:
         known = self.reference
         score = None if known is None else float(known.score(output.pooled[None])[0])
         unknown = known is not None and score is not None and score > known.threshold
+        unseen = [f"UNSEEN_{name.upper()}" for name in self.info.training_range.outside(case.acquisition)]
         of_views = np.stack([softmax(logits, self.info.temperature) for logits in output.views])
         return Prediction(
             case_id=case.case_id,
@@ -187,7 +200,7 @@ class Model:
             threshold=self.info.threshold,
             study_uid=case.study_uid,
             series_uid=case.series_uid,
-            flags=(*(str(code) for code in case.codes), *([FLAG] if unknown else [])),
+            flags=(*(str(code) for code in case.codes), *unseen, *([FLAG] if unknown else [])),
             ood_score=score,
             spread=float(of_views.std(axis=0).max()) if len(of_views) > 1 else None,
             slice_weights=tuple(zip(chosen.tolist(), output.weights.tolist(), strict=True)),
@@ -230,4 +243,5 @@ def case_of(scan: Scan) -> Case:
         study_uid=header.study_uid,
         series_uid=header.series_uid,
         codes=scan.codes,
+        acquisition=header.acquisition(),
     )

@@ -110,6 +110,7 @@ class ReasonCode(StrEnum):
     ORIENT_SELFTEST = "ORIENT_SELFTEST"
     MATRIX_MISMATCH = "MATRIX_MISMATCH"
     NOT_SELECTED = "NOT_SELECTED"
+    NOT_FOR_MODEL = "NOT_FOR_MODEL"
     NOT_DICOM = "NOT_DICOM"
     MODALITY = "MODALITY"
     WORKER_DIED = "WORKER_DIED"
@@ -173,6 +174,7 @@ REASONS: Mapping[ReasonCode, Reason] = MappingProxyType(
         _C.NIFTI_SHEAR: Reason(_QUAR, "the axes are not orthogonal: resample the volume"),
         _C.ORIENT_SELFTEST: Reason(_QUAR, "orientation self-test failed: do not use this installation; report it"),
         _C.MATRIX_MISMATCH: Reason(_QUAR, "slices of one series differ in rows, columns or spacing: re-export"),
+        _C.NOT_FOR_MODEL: Reason(_QUAR, "unlike all scans that the model was trained on: read it without the model"),
         _C.NOT_SELECTED: Reason(_SKIP, "another series of this study was chosen; label series_uid to use this one"),
         _C.NOT_DICOM: Reason(_SKIP, "not an image medvit reads; nothing to do unless it should be CT"),
         _C.MODALITY: Reason(_SKIP, "not CT; nothing to do"),

@@ -7,9 +7,10 @@ import torch
 from medvit.config import ModelConfig, TtaConfig
 from medvit.data.pipelines import prepare_slices
 from medvit.inference import STUDIES_AT_ONCE, Encoder, Model, load_bundle, softmax
-from medvit.models.bundle import BundleInfo, open_bundle, save_bundle
+from medvit.models.bundle import BundleInfo, TrainingRange, open_bundle, save_bundle
 from medvit.models.classifier import build_classifier
-from medvit.records import Preprocessing, Scan, ScanHeader, UsageError
+from medvit.models.reference import know
+from medvit.records import Preprocessing, ReasonCode, Scan, ScanError, ScanHeader, UsageError
 
 PREPROCESSING = Preprocessing(windows=("soft_tissue", (-600.0, 1500.0)), size=32, predict_slices=5)
 MEAN, STD = (0.4, 0.3), (0.2, 0.25)
@@ -219,3 +220,27 @@ def test_views_travel_in_the_bundle(run, model, tmp_path):
 def test_features_are_those_of_the_slices_as_they_are(model):
     (plain,), (several,) = model.features([scan(1)]), model.with_views(TtaConfig()).features([scan(1)])
     assert (plain == several).all()
+
+
+def test_a_scan_unlike_all_training_scans_is_flagged_or_refused(model):
+    seen = TrainingRange(body_parts=("CHEST",), kernels=("B30f",))
+    info = model.info.model_copy(update={"training_range": seen, "refuse": ("body_part",)})
+    model = dataclasses.replace(model, info=info)
+    known, sharp, head = (
+        dataclasses.replace(scan(1), header=dataclasses.replace(scan(1).header, body_part=part, kernel=kernel))
+        for part, kernel in (("CHEST", "B30f"), ("CHEST", "B70f"), ("HEAD", "B30f"))
+    )
+    assert [prediction.flags for prediction in model.predict([known, sharp])] == [(), ("UNSEEN_KERNEL",)]
+    with pytest.raises(ScanError, match="body_part HEAD") as refusal:
+        model.predict([head])
+    assert refusal.value.code == ReasonCode.NOT_FOR_MODEL
+
+
+def test_features_far_from_the_reference_are_flagged(model):
+    features = np.stack([model.encoder.study(prepare_slices(scan(i), PREPROCESSING))[1].pooled for i in range(1, 9)])
+    (near,) = dataclasses.replace(model, reference=know(features)).predict([scan(1)])
+    assert near.flags == ()
+    assert near.ood_score == pytest.approx(know(features).score(features[:1])[0], rel=1e-4)
+    strict = dataclasses.replace(know(features), threshold=near.ood_score / 2)
+    (far,) = dataclasses.replace(model, reference=strict).predict([scan(1)])
+    assert far.flags == ("OUT_OF_DISTRIBUTION",)

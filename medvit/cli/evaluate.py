@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -17,7 +18,7 @@ from medvit import data, evaluation
 from medvit.cli.console import Display, Parser, command, tables
 from medvit.cli.study import add_label_arguments, prepare, set_aside
 from medvit.config import load_config
-from medvit.records import EXIT_DONE, EXIT_QUARANTINE, EXIT_REFUSED, UsageError
+from medvit.records import EXIT_DONE, EXIT_QUARANTINE, EXIT_REFUSED, Case, ScanError, UsageError
 
 EPILOG = """
 examples:
@@ -73,17 +74,30 @@ def predict_labelled(arguments: argparse.Namespace) -> tuple[pd.DataFrame, dict[
         if unknown:
             raise UsageError(f"labels {', '.join(unknown)} are none of the model's: {', '.join(model.info.classes)}.")
         display.start("predicting", len(study.cases))
-        predictions = []
+        rows = []
         for case in study.cases:
-            predictions.append(model.predict_slices(study.cache.load(case), case))
+            rows.append(predict_or_refuse(model, case, study.cache))
             display.step()
     path = arguments.output / "predictions.csv"
-    evaluation.write_predictions(predictions, path)
+    evaluation.write_predictions(pd.DataFrame(rows), path)
     about = {
         "Model": model.info.architecture.name,
         "Cases": f"{len(study.cases)} labelled, not seen in training if so chosen",
     }
     return evaluation.read_predictions(path), about, EXIT_QUARANTINE if set_aside(study) else EXIT_DONE
+
+
+def predict_or_refuse(model: medvit.Model, case: Case, cache: data.SliceCache) -> dict[str, Any]:
+    """A row of predictions.csv; without probabilities where the model must not be asked."""
+    try:
+        model.refuse(case)
+    except ScanError as error:
+        code = str(error.code)
+    else:
+        return model.predict_slices(cache.load(case), case).to_row()
+    told = ("case_id", "patient_id", "label", "site", "sex", "age", "study_uid", "series_uid")
+    empty = dict.fromkeys((f"p_{name}" for name in model.info.classes), "")
+    return {name: getattr(case, name) for name in told} | empty | {"flags": code} | dict(case.attributes)
 
 
 def show_report(report: evaluation.Report) -> None:

@@ -35,7 +35,7 @@ def with_attributes(frame: pd.DataFrame, settings: EvaluationConfig) -> tuple[pd
     """
     frame = frame.copy()
     if "age" in frame:
-        frame["age_band"] = age_band(frame["age"])
+        frame["age_band"] = age_band(pd.to_numeric(frame["age"], errors="coerce"))
     further = [str(name) for name in frame.columns if not _is_known(str(name))]
     groups = [name for name in further if 2 <= frame[name].nunique() <= MOST_VALUES]
     notes = [
@@ -46,11 +46,19 @@ def with_attributes(frame: pd.DataFrame, settings: EvaluationConfig) -> tuple[pd
     wanted = list(dict.fromkeys([*STANDARD, *groups])) if settings.attributes is None else list(settings.attributes)
     notes += [f"No column `{name}`: no comparison by it." for name in wanted if name not in frame]
     chosen = [name for name in wanted if name in frame]
-    for first, second in settings.crossings:
-        if all(name in frame and frame[name].replace("", pd.NA).nunique() > 1 for name in (first, second)):
-            frame[f"{first}_by_{second}"] = crossed(frame, first, second)
-            chosen.append(f"{first}_by_{second}")
+    pairs = [pair for pair in settings.crossings if all(_several(frame, name) for name in pair)]
+    refused = pd.DataFrame(frame.attrs.get("refused", []), columns=list(frame.columns))
+    refused["age_band"] = age_band(pd.to_numeric(refused["age"], errors="coerce")) if "age" in refused else ""
+    for first, second in pairs:
+        for side in (frame, refused):
+            side[f"{first}_by_{second}"] = crossed(side, first, second)
+        chosen.append(f"{first}_by_{second}")
+    frame.attrs["refused"] = refused.to_dict("records")
     return frame, tuple(chosen), notes
+
+
+def _several(frame: pd.DataFrame, name: str) -> bool:
+    return name in frame and frame[name].replace("", pd.NA).nunique() > 1
 
 
 def _is_known(column: str) -> bool:

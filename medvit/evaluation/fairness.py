@@ -25,10 +25,11 @@ from medvit.config import EvaluationConfig
 from medvit.evaluation.bootstrap import PatientBootstrap
 from medvit.evaluation.confounding import auroc_of_attribute
 from medvit.evaluation.gaps import Gaps, Method, spread
-from medvit.evaluation.groups import MEASURES, Group, Question, make_group, measure, supporting, unseen
+from medvit.evaluation.groups import MEASURES, Group, Question, Roll, make_group, measure, supporting, unseen
 from medvit.evaluation.metrics import Bools, Interval, weighted_rate
 from medvit.evaluation.permutation import no_gap_p
 from medvit.evaluation.predictions import one_vs_rest
+from medvit.models.reference import FLAG
 
 Verdict = Literal["met", "not met", "cannot tell"]
 NOT_GIVEN, EVERYONE = "not given", "all"
@@ -119,13 +120,23 @@ def assess_fairness(frame: pd.DataFrame, attribute: str, settings: EvaluationCon
     """
     view = one_vs_rest(frame)
     bootstrap = PatientBootstrap(frame["patient_id"].to_numpy(), settings.bootstrap, settings.confidence)
-    names = frame[attribute].fillna("").replace("", NOT_GIVEN).to_numpy(dtype=str)
-    studies = frame["study_uid"].to_numpy(dtype=str) if "study_uid" in frame else None
+    names = _named(frame[attribute])
+    flags = frame["flags"].str.split() if "flags" in frame else pd.Series([[]] * len(frame))
+    roll = Roll(
+        studies=frame["study_uid"].to_numpy(dtype=str) if "study_uid" in frame else None,
+        unknown=np.array([FLAG in one for one in flags], dtype=bool),
+        refused=_named(pd.Series([row[attribute] for row in frame.attrs.get("refused", [])], dtype=object)),
+    )
     columns = zip(view.names, view.truth.T, view.called.T, view.score.T, strict=True)
     return tuple(
-        _assess_class(attribute, positive, Question(*question), names, studies, bootstrap, settings)
+        _assess_class(attribute, positive, Question(*question), names, roll, bootstrap, settings)
         for positive, *question in columns
     )
+
+
+def _named(values: pd.Series) -> npt.NDArray[np.str_]:
+    """(n,) names of groups."""
+    return values.fillna("").replace("", NOT_GIVEN).to_numpy(dtype=str)
 
 
 def adjusted(tables: Sequence[FairnessTable]) -> tuple[FairnessTable, ...]:
@@ -144,18 +155,19 @@ def _assess_class(
     positive: str,
     question: Question,
     names: npt.NDArray[np.str_],
-    studies: npt.NDArray[np.str_] | None,
+    roll: Roll,
     bootstrap: PatientBootstrap,
     settings: EvaluationConfig,
 ) -> FairnessTable:
-    named = sorted(set(names.tolist()) - {NOT_GIVEN})
-    rows = [(name, names == name) for name in [*named, NOT_GIVEN] if (names == name).any()]
+    known = {*names.tolist(), *roll.refused.tolist()}  # a group that was refused as a whole has its row
+    named = sorted(known - {NOT_GIVEN})
+    rows = [(name, names == name) for name in [*named, NOT_GIVEN] if name in known]
     rows.append((EVERYONE, np.ones(len(names), dtype=bool)))
     points, draws = bootstrap.apply(
         lambda weights: np.stack([measure(question.among(m), weights[:, m]) for _, m in rows], axis=2)
     )
     groups = tuple(
-        make_group(name, question, mask, points[:, g], draws[:, :, g], bootstrap, settings.min_cell, studies)
+        make_group(name, question, mask, points[:, g], draws[:, :, g], bootstrap, settings.min_cell, roll)
         for g, (name, mask) in enumerate(rows)
     )
     patients = np.array([supporting(question, mask, bootstrap) for _, mask in rows[: len(named)]], dtype=object)

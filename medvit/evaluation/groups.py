@@ -30,6 +30,18 @@ class Question(NamedTuple):
         return Question(self.truth[mask], self.called[mask], self.score[mask])
 
 
+class Roll(NamedTuple):
+    """What is known of the cases beside the question.
+
+    `studies` (n,), None where they are not told apart; `unknown` (n,), flagged as unlike what the model knows;
+    `refused` (r,), the groups of cases that were not judged at all.
+    """
+
+    studies: npt.NDArray[np.str_] | None
+    unknown: Bools
+    refused: npt.NDArray[np.str_]
+
+
 Cell = Callable[[Question], Bools]
 
 
@@ -94,6 +106,8 @@ class Group:
 
     Attributes:
         studies: None where the table does not tell studies apart.
+        refused: cases that the model would not judge; they are in no other figure.
+        unknown: cases among `cases` that are flagged as unlike what the model knows.
         positives: cases of the positive class; `positive_patients` have one.
         prevalence: share of cases with the finding.
         selection_rate: share of cases that are called (demographic parity compares it).
@@ -108,6 +122,8 @@ class Group:
     patients: int
     studies: int | None
     cases: int
+    refused: int
+    unknown: int
     positives: int
     negatives: int
     positive_patients: int
@@ -142,7 +158,7 @@ def make_group(
     draws: Floats,
     bootstrap: PatientBootstrap,
     min_cell: int,
-    studies: npt.NDArray[np.generic] | None,
+    roll: Roll,
 ) -> Group:
     """The row of the cases in `mask` (n,), from its points (measures,) and draws (B, measures)."""
     patients, positives, negatives = (bootstrap.count(mask & cell(question)) for cell in (everyone, positive, negative))
@@ -154,8 +170,10 @@ def make_group(
     return Group(
         name=name,
         patients=patients,
-        studies=None if studies is None else len(np.unique(studies[mask])),
+        studies=None if roll.studies is None else len(np.unique(roll.studies[mask])),
         cases=int(mask.sum()),
+        refused=len(roll.refused) if mask.all() else int((roll.refused == name).sum()),
+        unknown=int(roll.unknown[mask].sum()),
         positives=int((mask & question.truth).sum()),
         negatives=int((mask & ~question.truth).sum()),
         positive_patients=positives,

@@ -15,13 +15,16 @@ import numpy as np
 import pandas as pd
 
 from medvit.evaluation.metrics import Bools, Floats
-from medvit.records import Prediction, UsageError
+from medvit.records import Prediction, ReasonCode, UsageError
 
 IDENTIFIERS = ("case_id", "patient_id", "label", "predicted", "site", "sex", "age")
 OPTIONAL = ("fold", "threshold", "study_uid", "series_uid", "flags", "spread", "ood_score", "model_sha256")
 NUMBERS = ("age", "threshold", "spread", "ood_score")
 SUM_TOLERANCE = 0.01
 """Probabilities may miss a sum of 1 by this much: people round to two decimals."""
+
+REFUSED = str(ReasonCode.NOT_FOR_MODEL)
+"""In `flags` of a row without probabilities: a case that the model would not judge."""
 
 FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
 """A spreadsheet would execute a cell that begins so (OWASP, CSV injection)."""
@@ -79,7 +82,9 @@ def read_predictions(path: str | Path) -> pd.DataFrame:
 
 
 def check_predictions(frame: pd.DataFrame, name: str = "predictions") -> pd.DataFrame:
-    """A copy with every column the report needs, labelled rows only; notes in `attrs["notes"]`.
+    """A copy with every column the report needs, labelled and scored rows only.
+
+    `attrs["notes"]` says what was assumed, `attrs["refused"]` holds the rows that the model refused.
 
     Args:
         frame: columns of predictions.csv; `label` and `p_<class>` are required, the rest has a stated default.
@@ -100,7 +105,14 @@ def check_predictions(frame: pd.DataFrame, name: str = "predictions") -> pd.Data
         raise UsageError(f"{name}: none of {len(frame)} rows has a label; evaluation needs known labels. Fill `label`.")
     if not labelled.all():
         notes.append(f"{(~labelled).sum()} of {len(frame)} rows have no label and were set aside.")
-    frame = _check_probabilities(frame[labelled].copy(), name)
+    frame = frame[labelled].copy()
+    refused = _refused(frame)
+    if refused.all():
+        raise UsageError(f"{name}: the model refused all {len(frame)} labelled cases ({REFUSED}): nothing to judge.")
+    if refused.any():
+        notes.append(f"{refused.sum()} of {len(frame)} cases were refused by the model ({REFUSED}) and have no score.")
+    turned_away = frame[refused].to_dict("records")
+    frame = _check_probabilities(frame[~refused].copy(), name)
     for column in NUMBERS:
         if column in frame:
             frame[column] = pd.to_numeric(frame[column], errors="coerce").astype(np.float64)
@@ -109,7 +121,7 @@ def check_predictions(frame: pd.DataFrame, name: str = "predictions") -> pd.Data
     notes += _fill_predicted(frame)
     _check_classes(frame, "predicted", name)
     frame = frame.reset_index(drop=True)
-    frame.attrs["notes"] = notes
+    frame.attrs |= {"notes": notes, "refused": turned_away}
     return frame
 
 
@@ -158,6 +170,14 @@ def _replace(path: Path, text: str) -> None:
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def _refused(frame: pd.DataFrame) -> pd.Series:
+    """Rows without a score because the model refused them."""
+    if "flags" not in frame:
+        return pd.Series(False, index=frame.index)
+    empty = frame[[f"p_{c}" for c in class_names(frame)]].map(_read_cell).eq("").all(axis=1)
+    return empty & np.array([REFUSED in str(flags).split() for flags in frame["flags"]], dtype=bool)
 
 
 def _complement(frame: pd.DataFrame) -> pd.DataFrame:

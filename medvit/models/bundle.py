@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -37,6 +38,31 @@ class TrainingRange(BaseModel):
     contrast: tuple[str, ...] = ()
     slice_thickness_mm: tuple[float, float] | None = None
 
+    def outside(self, acquisition: Mapping[str, str]) -> tuple[str, ...]:
+        """In what a scan is unlike all training scans: names such as "kernel". What nobody told is unlike nothing.
+
+        Contrast is an exception: headers do not say "none", so that scans with agent are unlike a training set in which
+        none was known to have any. Thickness may leave the range by a tenth.
+        """
+        found = []
+        named = {"body_part": self.body_parts, "kernel": self.kernels, "manufacturer": self.manufacturers}
+        for name, known in named.items():
+            given = _plain(acquisition.get(name, ""))
+            if given and known and given not in {_plain(one) for one in known}:
+                found.append(name)
+        if acquisition.get("contrast") and not self.contrast:
+            found.append("contrast")
+        thickness = acquisition.get("slice_thickness_mm")
+        if thickness and self.slice_thickness_mm is not None:
+            low, high = self.slice_thickness_mm
+            if not 0.9 * low <= float(thickness) <= 1.1 * high:
+                found.append("slice_thickness_mm")
+        return tuple(found)
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.casefold().split())
+
 
 class ReferenceInfo(BaseModel):
     """What tells cases apart that the model does not know; its arrays are in reference.safetensors.
@@ -54,8 +80,9 @@ class ReferenceInfo(BaseModel):
 class BundleInfo(BaseModel):
     """Contents of bundle.json.
 
-    `mean` and `std` are per channel as applied; `threshold` is on the last of two classes; `provenance` is free text
-    about the run, without identity; `weights_sha256` is of model.safetensors, `info_sha256` of everything else here.
+    `mean` and `std` are per channel as applied; `threshold` is on the last of two classes; a scan outside
+    `training_range` in one of `refuse` gets no score; `provenance` is free text about the run, without identity;
+    `weights_sha256` is of model.safetensors, `info_sha256` of everything else here.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -71,6 +98,7 @@ class BundleInfo(BaseModel):
     tta: TtaConfig | None = None
     ood: ReferenceInfo | None = None
     training_range: TrainingRange = TrainingRange()
+    refuse: tuple[str, ...] = ()
     provenance: dict[str, str] = {}
     weights_sha256: str = ""
     info_sha256: str = ""

@@ -235,6 +235,7 @@ class Experiment:
             std=std,
             classes=self.classes,
             training_range=training_range(self.cases),
+            refuse=self.config.inference.refuse,
             provenance=self._provenance(),
         )
         return Model(Encoder(classifier, prep, mean, std, self.config.inference.batch_slices), info)

@@ -6,6 +6,7 @@ import pytest
 from sklearn import metrics as sk
 
 from medvit.config import EvaluationConfig
+from medvit.evaluation.attributes import with_attributes
 from medvit.evaluation.bootstrap import exact_end
 from medvit.evaluation.fairness import assess_fairness
 from medvit.evaluation.groups import unseen
@@ -58,3 +59,20 @@ def test_what_resampling_cannot_see():
     assert unseen(0.5, 1, 0.95) == exact_end(1, 0.95)  # one patient with two cases
     assert unseen(np.nan, 0, 0.95) == 0
     assert unseen(1.0, None, 0.95) == 0
+
+
+def test_refused_and_unknown_cases_are_counted_by_group(cohort):
+    frame = cohort().assign(flags="")
+    frame.loc[frame.index[:9], ["p_none", "p_bleed", "flags"]] = [None, None, "NOT_FOR_MODEL"]
+    frame.loc[frame.index[9:16], "flags"] = "LOSSY OUT_OF_DISTRIBUTION"
+    frame["hall"] = ["closed"] * 9 + ["open"] * (len(frame) - 9)
+    checked, _, _ = with_attributes(check_predictions(frame), QUICK)
+    for attribute in ("site", "site_by_sex", "age_band"):
+        (table,) = assess_fairness(checked, attribute, QUICK)
+        assert table.overall.refused == sum(group.refused for group in table.groups) == 9
+        assert table.overall.unknown == sum(group.unknown for group in table.groups) == 7
+    (table,) = assess_fairness(checked, "hall", QUICK)
+    shut = table.groups[0]
+    assert (shut.name, shut.cases, shut.refused) == ("closed", 0, 9)  # nobody there was served at all
+    assert math.isnan(shut.tpr.point)
+    assert table.verdict == "cannot tell"

@@ -163,3 +163,21 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
         write_predictions([make_prediction(case_id="other")], path)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_cases_that_the_model_refused_are_kept_apart(tmp_path):
+    text = "case_id,label,p_0,p_1,site,flags\nc1,0,0.9,0.1,A,LOSSY\nc2,1,,,B,LOSSY NOT_FOR_MODEL\nc3,1,0.6,0.4,B,\n"
+    frame = read(tmp_path, text)
+    assert frame["case_id"].tolist() == ["c1", "c3"]
+    assert [(row["case_id"], row["site"]) for row in frame.attrs["refused"]] == [("c2", "B")]
+    assert any("1 of 3 cases were refused" in note for note in frame.attrs["notes"])
+
+
+def test_a_case_without_probabilities_that_nobody_refused_is_an_error(tmp_path):
+    with pytest.raises(UsageError, match="not probabilities"):
+        read(tmp_path, "label,p_0,p_1,flags\n0,0.9,0.1,\n1,,,LOSSY\n")
+
+
+def test_nothing_but_refused_cases_cannot_be_judged(tmp_path):
+    with pytest.raises(UsageError, match="refused all 1"):
+        read(tmp_path, "label,p_0,p_1,flags\n1,,,NOT_FOR_MODEL\n")

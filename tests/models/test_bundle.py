@@ -1,11 +1,15 @@
 import json
+import math
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from medvit.models.bundle import BundleInfo, TrainingRange, find_bundle, open_bundle, save_bundle
+from medvit.models.bundle import BundleInfo, TrainingRange, find_bundle, open_bundle, open_reference, save_bundle
 from medvit.models.classifier import build_classifier
+from medvit.models.reference import know
 from medvit.records import EXIT_USAGE, Preprocessing, UsageError
 
 PREPROCESSING = Preprocessing(windows=("brain", (40.0, 80.0)), size=32, predict_slices=4)
@@ -140,3 +144,47 @@ def test_saving_again_replaces_the_bundle(made):
     folder, classifier, info = made
     save_bundle(folder, classifier, info.model_copy(update={"threshold": 0.25}))
     assert open_bundle(folder)[1].threshold == 0.25
+
+
+@pytest.mark.parametrize(
+    ("acquisition", "unlike"),
+    [
+        ({}, ()),
+        ({"kernel": "h30S ", "slice_thickness_mm": "3"}, ()),  # spelled otherwise
+        ({"kernel": "B70f"}, ("kernel",)),
+        ({"slice_thickness_mm": "5.4"}, ()),
+        ({"slice_thickness_mm": "8"}, ("slice_thickness_mm",)),
+        ({"body_part": "HEAD"}, ()),  # nobody knows what it was trained on
+        ({"contrast": "yes"}, ("contrast",)),
+        (
+            {"kernel": "B70f", "contrast": "yes", "slice_thickness_mm": "0.1"},
+            ("kernel", "contrast", "slice_thickness_mm"),
+        ),
+    ],
+)
+def test_what_is_outside_the_training_range(made, acquisition, unlike):
+    assert made[2].training_range.outside(acquisition) == unlike
+
+
+def test_contrast_that_was_trained_on_is_known():
+    assert TrainingRange(contrast=("yes",)).outside({"contrast": "yes"}) == ()
+
+
+@pytest.mark.parametrize("kind", ["mahalanobis", "knn"])
+def test_the_reference_travels_with_the_bundle(made, tmp_path, kind):
+    features = np.random.default_rng(0).normal(size=(30, 4))
+    reference = replace(know(features, kind), threshold=1.25)
+    info = save_bundle(tmp_path, made[1], made[2], reference)
+    again = open_reference(tmp_path, open_bundle(tmp_path)[1])
+    assert (again.kind, again.threshold) == (kind, 1.25)
+    assert (again.score(features) == reference.score(features)).all()
+    (tmp_path / "reference.safetensors").write_bytes(b"other")
+    with pytest.raises(UsageError, match=r"reference\.safetensors"):
+        open_reference(tmp_path, info)
+
+
+def test_a_reference_without_threshold_flags_nothing(made, tmp_path):
+    info = save_bundle(tmp_path, made[1], made[2], know(np.eye(4)))
+    assert info.ood.threshold is None
+    assert open_reference(tmp_path, info).threshold == math.inf
+    assert open_reference(made[0], made[2]) is None

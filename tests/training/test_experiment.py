@@ -157,6 +157,24 @@ def test_temperature_comes_from_validation_and_that_of_the_bundle_from_out_of_fo
         np.testing.assert_allclose(softmax(np.log(before) / 2, axis=1), after, rtol=1e-5)
 
 
+def test_the_reference_of_the_bundle_is_of_all_cases_and_every_case_was_scored_unseen(done):
+    experiment, result, _ = done
+    model = load_bundle(result.bundle)
+    features = experiment.material.pooled(model, np.arange(COUNT))
+    np.testing.assert_allclose(model.reference.mean, features.mean(axis=0), atol=1e-5)
+    assert model.info.ood.threshold is None  # ten cases set no threshold at 5 %
+    assert all(prediction.ood_score > 0 for prediction in result.predictions)
+
+
+def test_the_threshold_of_the_reference_is_of_validation_cases(root, tmp_path):
+    experiment = make(root, tmp_path)
+    inference = experiment.config.inference.model_copy(update={"ood_share": 0.5})
+    experiment.config = experiment.config.model_copy(update={"inference": inference})
+    model = experiment.run_fold(FOLDS[0], 0).model
+    scores = model.reference.score(experiment.material.pooled(model, FOLDS[0].val))
+    assert model.reference.threshold == pytest.approx(sorted(scores)[1], rel=1e-4)  # the 2nd of 2: (2 + 1) / 2
+
+
 def test_bundle_is_a_refit_on_all_cases_for_the_median_best_epoch(done):
     experiment, result, _ = done
     rows = (experiment.folder / "checkpoints" / "refit" / "metrics.jsonl").read_text().splitlines()
