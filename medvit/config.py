@@ -49,7 +49,13 @@ class DataConfig(_Section):
         "patients is the test split, all others are trained on without labels",
     )
     sampling: Literal["shuffle", "balanced"] = Field(
-        "shuffle", description="balanced: every class as often as any other, rare cases drawn repeatedly"
+        "shuffle", description="balanced: every cell of `balance` as often as any other, rare cases drawn repeatedly"
+    )
+    balance: tuple[str, ...] = Field(
+        ("label",),
+        min_length=1,
+        description="columns whose combinations are the cells of balanced sampling: label, site, sex or a further one; "
+        "[label, sex] serves rare groups better and costs what the report then shows",
     )
     normalise: Literal["backbone", "training"] = Field(
         "backbone",

@@ -35,6 +35,7 @@ class CaseDataset(Dataset[dict[str, Any]]):
         transform: rows and columns -> (HU (S, H, W) -> (S, C, H, W)); None leaves features as they are.
         seed: of all draws.
         domains: (N,) which site each case is of; None is one site.
+        strata: (N,) that are drawn equally often; None: every case once an epoch.
 
     Attributes:
         epoch: decides the draws; set by the loop before it makes the loader, so that no worker has an older one.
@@ -51,10 +52,11 @@ class CaseDataset(Dataset[dict[str, Any]]):
         transform: Callable[[int], Compose] | None,
         seed: int,
         domains: npt.NDArray[np.int64] | None = None,
+        strata: npt.NDArray[np.int64] | None = None,
     ) -> None:
         self.cases, self.load, self.labels = list(cases), load, labels
         self.domains = np.zeros(len(self.cases), np.int64) if domains is None else domains
-        self.slices, self.transform, self.seed = slices, transform, seed
+        self.slices, self.transform, self.seed, self.strata = slices, transform, seed, strata
         self.epoch, self.size = 0, 0
         self._made: dict[int, Compose] = {}
 

@@ -176,7 +176,7 @@ def _refused(frame: pd.DataFrame) -> pd.Series:
     """Rows without a score because the model refused them."""
     if "flags" not in frame:
         return pd.Series(False, index=frame.index)
-    empty = frame[[f"p_{c}" for c in class_names(frame)]].map(_read_cell).eq("").all(axis=1)
+    empty = (frame[[f"p_{c}" for c in class_names(frame)]].map(_read_cell) == "").all(axis=1)
     return empty & np.array([REFUSED in str(flags).split() for flags in frame["flags"]], dtype=bool)
 
 

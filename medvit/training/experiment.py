@@ -209,7 +209,6 @@ class Experiment:
             folder=folder,
             resume=self.resume,
             workers=self.config.data.workers,
-            balanced=self.config.data.sampling == "balanced",
             on_step=self.reporter.step,
             on_epoch=self.reporter.epoch,
         )

@@ -22,7 +22,6 @@ class Feeding:
     Args:
         dataset: training cases.
         config: batch size, accumulation, seed.
-        balanced: every class is drawn as often as any other.
         rank: of this process.
         processes: that share each batch.
 
@@ -34,10 +33,8 @@ class Feeding:
         UsageError: fewer labelled cases than processes.
     """
 
-    def __init__(
-        self, dataset: CaseDataset, config: TrainingConfig, *, balanced: bool, rank: int, processes: int
-    ) -> None:
-        self.dataset, self.config, self.balanced, self.rank, self.processes = dataset, config, balanced, rank, processes
+    def __init__(self, dataset: CaseDataset, config: TrainingConfig, *, rank: int, processes: int) -> None:
+        self.dataset, self.config, self.rank, self.processes = dataset, config, rank, processes
         try:
             groups = self.groups(0)
         except ValueError as error:
@@ -51,7 +48,7 @@ class Feeding:
             epoch,
             batch_size=self.config.batch_size,
             seed=self.config.seed,
-            balanced=self.balanced,
+            strata=self.dataset.strata,
             processes=self.processes,
         )
         return list(grouped(batches, self.config.accumulate))

@@ -42,7 +42,6 @@ class Run:
         resume: continue from the last checkpoint in `folder`, if there is one.
         stop_after: epochs after which to end, without validation (refit); None runs all stages.
         workers: loader processes.
-        balanced: every class is drawn as often as any other.
         on_step: called after each batch with its description, in the first process.
         on_epoch: called with each row of metrics, in the first process.
     """
@@ -51,7 +50,6 @@ class Run:
     resume: bool = False
     stop_after: int | None = None
     workers: int = 0
-    balanced: bool = False
     on_step: Callable[[str], None] = lambda _: None
     on_epoch: Callable[[dict[str, Any]], None] = lambda _: None
 
@@ -104,13 +102,7 @@ class _Session:
         self.first = self.fabric.is_global_zero
         self.epochs = sum(stage.epochs for stage in config.stages)
         self.wanted = min(self.epochs, run.stop_after or self.epochs)
-        self.feeding = Feeding(
-            dataset,
-            config,
-            balanced=run.balanced,
-            rank=self.fabric.global_rank,
-            processes=self.fabric.world_size,
-        )
+        self.feeding = Feeding(dataset, config, rank=self.fabric.global_rank, processes=self.fabric.world_size)
         self.full = objective.classifier.backbone.size
         if dataset.transform is None and any(stage.size not in (None, self.full) for stage in config.stages):
             raise UsageError(
@@ -118,7 +110,7 @@ class _Session:
                 "the sizes of stages, or set data.augment."
             )
         self.selects = run.stop_after is None and config.select != "last"
-        own = identity(config, dataset, balanced=run.balanced, processes=self.fabric.world_size)
+        own = identity(config, dataset, processes=self.fabric.world_size)
         self.recovery = Recovery(self.fabric, objective, config, own, run.folder)
         if config.gradient_checkpointing:
             objective.classifier.set_gradient_checkpointing(True)

@@ -22,6 +22,7 @@ from medvit.config import Config
 from medvit.data.cache import FeatureCache, SliceCache
 from medvit.data.dataset import CaseDataset
 from medvit.data.pipelines import Slices, training_transform
+from medvit.data.sampling import strata_of
 from medvit.data.splits import Indices
 from medvit.inference import Encoder, Model, StudyOutput
 from medvit.objectives.objective import UNLABELLED
@@ -54,6 +55,7 @@ class Material:
         reporter: how to show progress.
         labels: (N,) class index; negative where there is none.
         domains: (N,) number of each case's site.
+        strata: (N,) number of each case's cell of `data.balance`.
         frozen: the backbone never changes and always sees the same.
     """
 
@@ -70,6 +72,7 @@ class Material:
         self.labels = np.array([known.get(str(case.label), UNLABELLED) for case in self.cases], np.int64)
         sites = sorted({case.site for case in self.cases})
         self.domains = np.array([sites.index(case.site) for case in self.cases], np.int64)
+        self.strata = strata_of(self.cases, self.config.data.balance)
         head_only = all(stage.trainable == "head" for stage in self.config.training.stages)
         self.frozen = head_only and self.config.data.augment is None
 
@@ -86,6 +89,7 @@ class Material:
             transform=None if self.frozen else transform,
             seed=self.config.training.seed,
             domains=domains,
+            strata=self.strata[chosen] if self.config.data.sampling == "balanced" else None,
         )
 
     def predict(self, model: Model, chosen: Indices) -> list[Prediction]:

@@ -27,11 +27,12 @@ Identity = dict[str, Any]
 """What must be the same for a fit to go on to the same end."""
 
 
-def identity(config: TrainingConfig, dataset: CaseDataset, *, balanced: bool, processes: int) -> Identity:
+def identity(config: TrainingConfig, dataset: CaseDataset, *, processes: int) -> Identity:
     """Of a fit: its settings, its cases and how they are drawn and shared. JSON-able."""
     cases = [(case.case_id, int(label)) for case, label in zip(dataset.cases, dataset.labels, strict=True)]
-    digest = hashlib.sha256(repr(cases).encode()).hexdigest()
-    return {"processes": processes, "cases": digest, "balanced": balanced, **config.model_dump(mode="json")}
+    strata = None if dataset.strata is None else dataset.strata.tolist()
+    digest = hashlib.sha256(repr((cases, strata)).encode()).hexdigest()
+    return {"processes": processes, "cases": digest, **config.model_dump(mode="json")}
 
 
 class Recovery:

@@ -73,7 +73,7 @@ def test_target_cases_go_on_where_the_last_epoch_ended():
 @given(seed=seeds)
 def test_balanced_draws_every_class_as_often_and_the_frequent_without_repeats(seed):
     labels = np.array([0] * 30 + [1] * 3 + [2] * 1)
-    drawn = Counter(flat(epoch_batches(labels, 0, batch_size=8, seed=seed, balanced=True)))
+    drawn = Counter(flat(epoch_batches(labels, 0, batch_size=8, seed=seed, strata=labels)))
     by_class = [sum(drawn[index] for index in np.flatnonzero(labels == name)) for name in range(3)]
     assert sum(by_class) == len(labels)
     assert max(by_class) - min(by_class) <= 1
@@ -84,8 +84,15 @@ def test_balanced_draws_every_class_as_often_and_the_frequent_without_repeats(se
 
 def test_balanced_epochs_reach_every_case():
     labels = np.array([0] * 30 + [1] * 3)
-    seen = {i for e in range(12) for i in flat(epoch_batches(labels, e, batch_size=8, seed=0, balanced=True))}
+    seen = {i for e in range(12) for i in flat(epoch_batches(labels, e, batch_size=8, seed=0, strata=labels))}
     assert seen == set(range(33))
+
+
+def test_strata_need_not_be_the_classes():
+    labels, sex = np.array([0, 1] * 15 + [0, 1, -1, -1]), np.array([0] * 30 + [1] * 4)
+    drawn = flat(epoch_batches(labels, 0, batch_size=8, seed=0, strata=sex * 2 + labels.clip(0)))
+    cells = Counter((sex[index], labels[index]) for index in drawn if labels[index] >= 0)
+    assert set(cells.values()) == {8}
 
 
 def test_epochs_differ():

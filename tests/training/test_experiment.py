@@ -18,7 +18,7 @@ from medvit.data.pipelines import window_statistics
 from medvit.data.splits import Fold
 from medvit.inference import load_bundle
 from medvit.models.bundle import open_bundle
-from medvit.records import Case
+from medvit.records import Case, UsageError
 from medvit.training.experiment import Experiment, Judge, Result
 
 CLASSES = ("none", "bleed")
@@ -327,11 +327,45 @@ def test_augmentation_of_the_config_reaches_the_training_cases(root, tmp_path):
     assert not torch.equal(seen[0], seen[1])
 
 
+def test_workers_of_the_config_reach_the_fit(root, tmp_path):
+    assert with_data(make(root, tmp_path), workers=3)._run_settings(tmp_path).workers == 3
+
+
 @pytest.mark.parametrize(
-    ("settings", "name", "value"), [({"sampling": "balanced"}, "balanced", True), ({"workers": 3}, "workers", 3)]
+    ("settings", "cells"),
+    [
+        ({}, None),
+        ({"sampling": "balanced"}, [("bleed",), ("none",)]),
+        (
+            {"sampling": "balanced", "balance": ("label", "sex")},
+            [("bleed", "F"), ("bleed", "M"), ("none", "F"), ("none", "M")],
+        ),
+        ({"sampling": "balanced", "balance": ("kernel",)}, [("B30f",), ("B70f",)]),
+    ],
 )
-def test_sampling_and_workers_of_the_config_reach_the_fit(settings, name, value, root, tmp_path):
-    assert getattr(with_data(make(root, tmp_path), **settings)._run_settings(tmp_path), name) == value
+def test_cells_of_balanced_sampling_are_those_of_the_config(settings, cells, root, tmp_path):
+    experiment = make(root, tmp_path)
+    cases = [
+        replace(case, sex="FM"[i % 3 == 0], attributes={"kernel": ("B30f", "B70f")[i % 2]})
+        for i, case in enumerate(experiment.cases)
+    ]
+    experiment = with_data(replace(experiment, cases=cases), **settings)
+    everyone = np.arange(COUNT)
+    strata = experiment.material.dataset(experiment._model(everyone).encoder, everyone, everyone[:0]).strata
+    if cells is None:
+        assert strata is None
+        return
+    columns = settings.get("balance", ("label",))
+    seen = {
+        tuple({"label": case.label, "sex": case.sex, **case.attributes}[name] for name in columns): number
+        for case, number in zip(cases, strata.tolist(), strict=True)
+    }
+    assert seen == {cell: number for number, cell in enumerate(cells)}
+
+
+def test_a_column_to_balance_by_that_nobody_has_is_an_error(root, tmp_path):
+    with pytest.raises(UsageError, match="kernal"):
+        with_data(make(root, tmp_path), sampling="balanced", balance=("kernal",))
 
 
 def test_seed_of_the_config_decides_the_slices_that_are_drawn(root, tmp_path):

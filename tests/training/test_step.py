@@ -76,7 +76,9 @@ def test_balanced_sampling_draws_the_rare_class_as_often(tmp_path):
     drawn: list[int] = []
     objective.register_forward_pre_hook(lambda _, arguments: drawn.extend(arguments[0]["label"].tolist()))
     config = training(stages=(Stage(epochs=2),))
-    fit(objective, make_dataset(labels=UNEQUAL), config, rising(), Run(folder=tmp_path, balanced=True))
+    dataset = make_dataset(labels=UNEQUAL)
+    dataset.strata = dataset.labels
+    fit(objective, dataset, config, rising(), Run(folder=tmp_path))
     assert 6 <= sum(drawn) <= 8
     assert len(drawn) == 14
 
