@@ -215,7 +215,7 @@ def phantom_sites(seed: int, target_site: phantom.SitePhysics = TARGET_SITE) -> 
     )
     rng = np.random.default_rng([seed, 7])
     rendered = [
-        _phantom_cases(
+        phantom_cases(
             phantom.make_patients(count, 4 * seed + number, sites=sites), sites, first, rng if trained else None
         )
         for number, (count, sites, first, trained) in enumerate(roles)
@@ -224,7 +224,7 @@ def phantom_sites(seed: int, target_site: phantom.SitePhysics = TARGET_SITE) -> 
     return Problem(*normalised(*rendered), 2, PHANTOM_DRAWS, PHANTOM_SLICES, build, auroc_of_last)
 
 
-def _phantom_cases(
+def phantom_cases(
     patients: tuple[phantom.PhantomPatient, ...],
     sites: tuple[phantom.SitePhysics, ...],
     first: int,

@@ -138,7 +138,7 @@ def run(settings: Settings, shared: Path) -> dict[str, Any]:
     problem = problem_of(settings.part, settings.problem, settings.seed, shared)
     classifier = _begun(settings, shared)
     objective, cases, labels, batch = _method(classifier, problem, settings)
-    last = _fit(objective, _dataset(cases, labels, problem.draws, settings.seed), stages(settings), batch, settings)
+    last = _fit(objective, dataset_of(cases, labels, problem.draws, settings.seed), stages(settings), batch, settings)
     found = _judge(classifier, problem) | {"domain_accuracy": last.get("domain_accuracy")}
     return found | {"loss": last["loss"], "seconds": round(time.perf_counter() - began, 1)}
 
@@ -156,7 +156,7 @@ def _learned(start: Settings, shared: Path) -> CtClassifier:
     classifier = problem.build()
     if first := first_stages(start):
         objective, cases, labels, batch = _method(classifier, problem, start)
-        _fit(objective, _dataset(cases, labels, problem.draws, start.seed), first, batch, start)
+        _fit(objective, dataset_of(cases, labels, problem.draws, start.seed), first, batch, start)
     return classifier
 
 
@@ -199,7 +199,7 @@ def _fit(
     return history.rows[-1]
 
 
-def _dataset(cases: Cases, labels: Labels, draws: int, seed: int) -> CaseDataset:
+def dataset_of(cases: Cases, labels: Labels, draws: int, seed: int) -> CaseDataset:
     """Ready values: nothing is read and nothing random precedes the model."""
     records = [
         Case(case_id=str(i), patient_id=str(i), group=str(i), root="", files=(str(i),)) for i in range(len(cases))
