@@ -4,18 +4,21 @@ Cases of one patient resemble each other: resampling cases would make intervals 
 with replacement. A draw is described by weights, how often each case is in it; a weighted statistic turns weights
 (D, n) into D values (`medvit.evaluation.metrics`), so that thousands of draws cost a few array operations.
 
-Intervals are percentiles (Efron 1979). Where a share is exactly 0 or 1 every resample repeats it and the percentile
-interval would have no width: there the exact binomial end (Clopper and Pearson 1934) for the number of patients is
-used.
+Intervals are percentiles (Efron 1979), taken a little farther out for few patients, since resampling n of them shows
+(n - 1) / n of the variance and a normal tail where Student's is right (expanded percentiles, Hesterberg 2015). Where a
+share is exactly 0 or 1 every resample repeats it and the percentile interval would have no width: there the exact
+binomial end (Clopper and Pearson 1934) for the number of patients is used.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+from scipy import stats
 
 from medvit.evaluation.metrics import Bools, Floats, Interval, weighted_auroc, weighted_rate
 
@@ -61,12 +64,11 @@ class PatientBootstrap:
     def interval(self, statistic: Statistic) -> Interval:
         """Percentile interval of a statistic with one value per draw."""
         point, values = self.apply(statistic)
-        return percentile_interval(float(point), values, self.confidence)
+        return percentile_interval(float(point), values, self.confidence, len(np.unique(self.patients)))
 
     def rate(self, hits: Bools, among: Bools) -> Interval:
         """Share of `hits` (n,) among `among` (n,), with the exact end where it is 0 or 1."""
-        interval = self.interval(lambda weights: weighted_rate(hits, among, weights))
-        return exact_at_limit(interval, self.count(among), self.confidence)
+        return self._of_few(lambda weights: weighted_rate(hits, among, weights), self.count(among))
 
     def auroc(self, labels: Bools, scores: Floats, strata: npt.NDArray[np.generic] | None = None) -> Interval:
         """AUROC (within strata), with an exact end where it is 0 or 1.
@@ -74,16 +76,30 @@ class PatientBootstrap:
         Perfect separation of m and n independent patients contains min(m, n) disjoint pairs, all in order: each is in
         order with probability AUROC, so the binomial end for min(m, n) is a valid, cautious one.
         """
-        interval = self.interval(lambda weights: weighted_auroc(labels, scores, weights, strata))
-        return exact_at_limit(interval, min(self.count(labels), self.count(~labels)), self.confidence)
+        fewest = min(self.count(labels), self.count(~labels))
+        return self._of_few(lambda weights: weighted_auroc(labels, scores, weights, strata), fewest)
+
+    def _of_few(self, statistic: Statistic, patients: int) -> Interval:
+        """Interval of a share that rests on so many patients, with an exact end where it is 0 or 1."""
+        point, values = self.apply(statistic)
+        interval = percentile_interval(float(point), values, self.confidence, patients)
+        return exact_at_limit(interval, patients, self.confidence)
 
     def count(self, cases: Bools) -> int:
         """Number of patients that have one of `cases` (n,)."""
         return len(np.unique(self.patients[cases]))
 
 
-def percentile_interval(point: float, values: Floats, confidence: float) -> Interval:
-    """Interval from resampled values (draws,).
+def tail(confidence: float, patients: int | None) -> float:
+    """Share of resampled values to leave out at each end; less for few patients, `None` takes them for many."""
+    share = (1 - confidence) / 2
+    if patients is None or patients < 2:
+        return share
+    return float(stats.norm.cdf(-math.sqrt(patients / (patients - 1)) * stats.t.isf(share, patients - 1)))
+
+
+def percentile_interval(point: float, values: Floats, confidence: float, patients: int | None = None) -> Interval:
+    """Interval from resampled values (draws,) of a figure that rests on so many patients.
 
     Undefined (NaN) values are dropped; when they are more than half, the ends are NaN. They are NaN, too, when all
     values are the same: resampling then shows nothing of the uncertainty, and no width would be a false claim. The
@@ -92,7 +108,8 @@ def percentile_interval(point: float, values: Floats, confidence: float) -> Inte
     defined = values[~np.isnan(values)]
     if np.isnan(point) or 2 * len(defined) < len(values) or np.ptp(defined) == 0:
         return Interval(point, np.nan, np.nan)
-    low, high = np.quantile(defined, [(1 - confidence) / 2, (1 + confidence) / 2])
+    share = tail(confidence, patients)
+    low, high = np.quantile(defined, [share, 1 - share])
     return Interval(point, min(float(low), point), max(float(high), point))
 
 

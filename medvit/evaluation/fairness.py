@@ -212,7 +212,8 @@ def _gaps(
         [unseen(point, count, confidence) for point, count in zip(*row, strict=True)]
         for row in zip(points, patients, strict=True)
     ]
-    return Gaps(points, draws, np.array(limits, dtype=np.float64).reshape(points.shape), confidence)
+    known = np.array([[n or 0 for n in row] for row in patients], dtype=np.int64).reshape(points.shape)
+    return Gaps(points, draws, np.array(limits, dtype=np.float64).reshape(points.shape), confidence, known)
 
 
 def _differences(gaps: Gaps, named: Sequence[str]) -> tuple[Difference, ...]:

@@ -50,8 +50,10 @@ def measure_figures(view: OneVsRest, bootstrap: PatientBootstrap) -> dict[str, I
     positive = min(bootstrap.count(truth) for truth in view.truth.T)
     negative = min(bootstrap.count(~truth) for truth in view.truth.T)
     exact = {"auroc": min(positive, negative), "sensitivity": positive, "specificity": negative}
+    rest_on = dict.fromkeys(names, min(positive, negative)) | exact
     intervals = {
-        name: percentile_interval(float(points[i]), draws[:, i], bootstrap.confidence) for i, name in enumerate(names)
+        name: percentile_interval(float(points[i]), draws[:, i], bootstrap.confidence, rest_on[name])
+        for i, name in enumerate(names)
     }
     return intervals | {k: exact_at_limit(intervals[k], n, bootstrap.confidence) for k, n in exact.items()}
 

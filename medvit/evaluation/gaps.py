@@ -11,13 +11,15 @@ A rate of exactly 0 or 1 shows no error in any resample; its exact binomial widt
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 from scipy import stats
 
+from medvit.evaluation.bootstrap import tail
 from medvit.evaluation.metrics import Bools, Floats, Interval
 
 Method = Literal["worst_case", "mean"]
@@ -38,12 +40,14 @@ class Gaps:
         draws: (B, M, G) of the patient bootstrap.
         limits: (M, G) exact binomial width where resampling shows none (a rate of exactly 0 or 1), else 0.
         confidence: 0..1.
+        patients: (M, G) that each figure rests on, 0 where that says nothing; None: many.
     """
 
     points: Floats
     draws: Floats
     limits: Floats
     confidence: float
+    patients: npt.NDArray[np.int64] | None = None
 
     def interval(self, figures: Sequence[int], method: Method = "worst_case") -> Interval:
         """Largest or mean gap of the chosen figures; NaN when one of them is defined in fewer than two groups.
@@ -68,14 +72,16 @@ class Gaps:
         values, limit = values[~np.isnan(values)], np.hypot(*self.limits[figure, [first, second]])
         if np.isnan(point) or 2 * len(values) < len(self.draws) or (np.ptp(values) == 0 and limit == 0):
             return Interval(float(point), np.nan, np.nan)
-        ends = np.quantile(values, [(1 - self.confidence) / 2, (1 + self.confidence) / 2])
+        fewest = None if self.patients is None else int(self.patients[figure, [first, second]].min())
+        share = tail(self.confidence, fewest or None)
+        ends = np.quantile(values, [share, 1 - share])
         # what resampling cannot see is independent of what it sees
         below, above = np.hypot(np.maximum(0, [point - ends[0], ends[1] - point]), limit)
         return Interval(float(point), float(max(-1, point - below)), float(min(1, point + above)))
 
     def only(self, cells: Bools) -> Gaps:
         """The same with the other `cells` (M, G) undefined."""
-        return Gaps(np.where(cells, self.points, np.nan), self.draws, np.where(cells, self.limits, 0), self.confidence)
+        return replace(self, points=np.where(cells, self.points, np.nan), limits=np.where(cells, self.limits, 0))
 
     def _simultaneous(self, figures: list[int]) -> tuple[Floats, Floats]:
         """Size of every pair's difference, and its simultaneous error: two (M, pairs), NaN where undefined."""

@@ -165,7 +165,7 @@ def make_group(
     found = {}
     supports = supporting(question, mask, bootstrap)
     for key, point, values, count in zip(MEASURES, points, draws.T, supports, strict=True):
-        interval = percentile_interval(float(point), values, bootstrap.confidence)
+        interval = percentile_interval(float(point), values, bootstrap.confidence, patients if count is None else count)
         found[key] = interval if count is None else exact_at_limit(interval, count, bootstrap.confidence)
     return Group(
         name=name,

@@ -3,9 +3,10 @@ import math
 import numpy as np
 import pytest
 import sklearn.metrics
+from scipy import stats
 from scipy.stats import binomtest
 
-from medvit.evaluation.bootstrap import PatientBootstrap, clustered_bootstrap
+from medvit.evaluation.bootstrap import PatientBootstrap, clustered_bootstrap, tail
 from medvit.evaluation.metrics import (
     auroc,
     weighted_auroc,
@@ -60,7 +61,9 @@ def test_weighted_auroc_equals_a_double_loop():
 def test_slow_and_fast_bootstrap_agree_draw_by_draw():
     patients, labels, scores = make_cases()
     slow = clustered_bootstrap(patients, lambda drawn: auroc(labels[drawn], scores[drawn]), draws=200, seed=3)
-    fast = PatientBootstrap(patients, draws=200, seed=3).auroc(labels, scores)
+    fast = PatientBootstrap(patients, draws=200, seed=3).interval(
+        lambda weights: weighted_auroc(labels, scores, weights)
+    )
     assert (slow.point, slow.low, slow.high) == pytest.approx((fast.point, fast.low, fast.high), abs=1e-12)
 
 
@@ -115,3 +118,21 @@ def test_interval_covers_the_truth_about_as_often_as_it_says():
         interval = PatientBootstrap(np.arange(120), draws=200, seed=cohort).auroc(labels, rng.normal(size=120) + labels)
         covered += interval.low <= 0.7602 <= interval.high
     assert 0.88 <= covered / 120 <= 0.995
+
+
+@pytest.mark.parametrize("count", [8, 20, 60])
+def test_interval_of_a_mean_of_few_is_students(count):
+    values = np.random.default_rng(count).normal(size=count)
+    found = PatientBootstrap(np.arange(count), draws=20_000).interval(
+        lambda weights: weights @ values / weights.sum(axis=1)
+    )
+    low, high = stats.t.interval(0.95, count - 1, values.mean(), stats.sem(values))
+    # the resampled mean is not quite normal
+    assert (found.low, found.high) == pytest.approx((low, high), abs=0.06 * (high - low))
+
+
+def test_many_patients_leave_out_the_usual_share():
+    assert tail(0.95, None) == pytest.approx(0.025)
+    assert tail(0.95, 100_000) == pytest.approx(0.025, rel=1e-3)
+    assert tail(0.95, 10) < 0.01
+    assert tail(0.95, 1) == pytest.approx(0.025)
