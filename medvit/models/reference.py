@@ -2,8 +2,9 @@
 
 A classifier answers whatever it is shown. The distance of a case's features from those of the cases that it was made
 for says when not to listen: Mahalanobis with a covariance shrunk by Ledoit and Wolf (Lee 2018), or to the nearest of
-them (Sun 2022). The threshold is a conformal quantile of reference cases that the model did not learn from: it never
-moves with the cases it judges, and of cases like them at most `share` are flagged by chance.
+them with every feature in its own standard deviations (after Sun 2022). The threshold is a conformal quantile of
+reference cases that the model did not learn from: it never moves with the cases it judges, and of cases like them at
+most `share` are flagged by chance.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ from sklearn.neighbors import NearestNeighbors
 Floats = npt.NDArray[np.float64]
 Kind = Literal["mahalanobis", "knn"]
 
-NEIGHBOURS = 10
 KEPT = 2000
 """Features of the nearest-neighbour detector that travel in the bundle, at most."""
 
@@ -35,8 +35,8 @@ class Reference:
     Attributes:
         kind: how distance is measured.
         mean: (D,) of the reference cases.
-        precision: (D, D) inverse of their covariance; empty for nearest neighbours.
-        known: (N, D) unit features for nearest neighbours; empty for Mahalanobis.
+        precision: (D, D) inverse of their covariance; for nearest neighbours (D,) of their standard deviations.
+        known: (N, D) standardised features for nearest neighbours; empty for Mahalanobis.
         threshold: a larger score is flagged; infinite where there were too few reference cases to tell.
     """
 
@@ -47,14 +47,16 @@ class Reference:
     threshold: float = math.inf
 
     def score(self, features: npt.NDArray[np.floating]) -> Floats:
-        """Distance (N,) of features (N, D): 0 is the middle of what is known. In standard deviations, or 0..2."""
-        values = np.asarray(features, np.float64)
+        """Distance (N,) of features (N, D), in standard deviations (root mean square over features).
+
+        From the middle of what is known, or from the nearest known case.
+        """
+        apart = np.asarray(features, np.float64) - self.mean
         if self.kind == "mahalanobis":
-            apart = values - self.mean
             square = np.einsum("nd,de,ne->n", apart, self.precision.astype(np.float64), apart, optimize=True)
-            return np.asarray(np.sqrt(np.maximum(square, 0) / values.shape[1]))
-        index = NearestNeighbors(n_neighbors=min(NEIGHBOURS, len(self.known))).fit(self.known)
-        return np.asarray(index.kneighbors(_unit(values - self.mean))[0].mean(axis=1))
+            return np.asarray(np.sqrt(np.maximum(square, 0) / apart.shape[1]))
+        nearest = NearestNeighbors(n_neighbors=1).fit(self.known)
+        return np.asarray(nearest.kneighbors(apart * self.precision)[0][:, 0] / math.sqrt(apart.shape[1]))
 
 
 def know(features: npt.NDArray[np.floating], kind: Kind = "mahalanobis", seed: int = 0) -> Reference:
@@ -66,12 +68,13 @@ def know(features: npt.NDArray[np.floating], kind: Kind = "mahalanobis", seed: i
     values = np.asarray(features, np.float64)
     if len(values) < 2:
         raise ValueError(f"a reference needs two cases or more, got {len(values)}")
-    mean, nothing = values.mean(axis=0), np.zeros((0, 0), np.float32)
+    mean = values.mean(axis=0).astype(np.float32)
     if kind == "mahalanobis":
         precision = LedoitWolf().fit(values).precision_
-        return Reference(kind, mean.astype(np.float32), np.asarray(precision, np.float32), nothing)
-    kept = np.random.default_rng(seed).permutation(len(values))[:KEPT]
-    return Reference(kind, mean.astype(np.float32), nothing, _unit(values[kept] - mean).astype(np.float32))
+        return Reference(kind, mean, np.asarray(precision, np.float32), np.zeros((0, 0), np.float32))
+    precision = (1 / np.maximum(values.std(axis=0), 1e-6)).astype(np.float32)
+    kept = values[np.random.default_rng(seed).permutation(len(values))[:KEPT]]
+    return Reference(kind, mean, precision, ((kept - mean) * precision).astype(np.float32))
 
 
 def conformal_threshold(scores: npt.ArrayLike, share: float = 0.05) -> float:
@@ -84,7 +87,3 @@ def conformal_threshold(scores: npt.ArrayLike, share: float = 0.05) -> float:
     ordered = np.sort(np.asarray(scores, np.float64))
     rank = math.ceil((len(ordered) + 1) * (1 - share))  # Vovk 2005: the next case is at any rank with equal chance
     return float(ordered[rank - 1]) if rank <= len(ordered) else math.inf
-
-
-def _unit(values: Floats) -> Floats:
-    return np.asarray(values / np.maximum(np.linalg.norm(values, axis=1, keepdims=True), 1e-12))
