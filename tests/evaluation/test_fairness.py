@@ -1,15 +1,15 @@
 import math
-from dataclasses import astuple
+from dataclasses import astuple, replace
 
 import fairlearn.metrics
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medvit.config import EvaluationConfig
-from medvit.evaluation.fairness import assess_fairness, equalized_odds_difference
+from medvit.evaluation.fairness import adjusted, assess_fairness, equalized_odds_difference
 from medvit.evaluation.groups import MEASURES
 from medvit.evaluation.predictions import check_predictions
 
@@ -174,3 +174,36 @@ def test_attribute_alone_shows_confounding_and_not_noise(cohort):
 def test_three_classes_have_a_table_each(three_classes):
     tables = assess_fairness(check_predictions(three_classes()), "site", QUICK)
     assert [table.positive for table in tables] == ["none", "benign", "malign"]
+
+
+def test_signed_differences_are_those_of_the_groups(cohort):
+    (table,) = assess_fairness(check_predictions(cohort()), "site", QUICK)
+    assert len(table.differences) == 3 * len(MEASURES)
+    for one in table.differences:
+        first, second = (getattr(find(table, name), one.figure) for name in (one.first, one.second))
+        assert one.difference.point == pytest.approx(first.point - second.point, abs=1e-12)
+        assert one.difference.low <= one.difference.point <= one.difference.high
+
+
+@given(rows.filter(no_cell_is_empty))
+@settings(max_examples=15, deadline=None)
+def test_demographic_parity_and_equal_opportunity_equal_fairlearn(cases):
+    truth, called, groups = (np.array(column) for column in zip(*cases, strict=True))
+    if len(set(groups)) < 2:
+        return
+    frame = pd.DataFrame({"label": truth.astype(int).astype(str), "p_1": called.astype(float), "site": groups})
+    (table,) = assess_fairness(check_predictions(frame), "site", EvaluationConfig(bootstrap=100))
+    parity = fairlearn.metrics.demographic_parity_difference(truth, called, sensitive_features=groups)
+    opportunity = fairlearn.metrics.equal_opportunity_difference(truth, called, sensitive_features=groups)
+    assert table.selection_gap.point == pytest.approx(parity, abs=1e-12)
+    assert table.tpr_gap.point == pytest.approx(opportunity, abs=1e-12)
+
+
+def test_p_values_are_adjusted_for_the_number_of_tables(cohort):
+    frame = check_predictions(cohort())
+    (one,) = assess_fairness(frame, "site", QUICK)
+    tables = [replace(one, no_gap_p=p) for p in (0.04, 0.01, math.nan, 0.03)]
+    found = [table.no_gap_p_adjusted for table in adjusted(tables)]
+    assert found[:2] == pytest.approx([0.06, 0.03])  # Holm by hand: 3 * 0.01; 2 * 0.03; and never below the one before
+    assert math.isnan(found[2])
+    assert found[3] == pytest.approx(0.06)

@@ -15,6 +15,7 @@ from medvit.evaluation.metrics import (
     ece,
     macro_auroc,
     operating_point,
+    weighted_sensitivity_at,
 )
 
 # eighths: many ties, exact in binary
@@ -123,3 +124,17 @@ def test_interval_reads_as_text():
     assert str(Interval(math.nan, math.nan, math.nan)) == "undefined"
     assert str(Interval(0.5, math.nan, math.nan)) == "0.50 [undefined]"
     assert Interval(0.5, 0.4, 0.7).half_width == pytest.approx(0.15)
+
+
+@given(both_classes, st.sampled_from([0.5, 0.75, 0.9]))
+def test_sensitivity_at_a_specificity_is_the_best_that_scikit_learns_curve_has(rows, specificity):
+    labels, scores = columns(rows)
+    fpr, tpr, _ = sklearn.metrics.roc_curve(labels, scores, drop_intermediate=False)
+    expected = tpr[fpr <= 1 - specificity + 1e-12].max()
+    found = weighted_sensitivity_at(labels, scores, np.ones((1, len(labels))), specificity)
+    assert found[0] == pytest.approx(expected, abs=1e-12)
+
+
+def test_sensitivity_of_one_class_is_undefined():
+    for truth in ([True, True], [False, False]):
+        assert np.isnan(weighted_sensitivity_at(np.array(truth), np.array([0.2, 0.7]), np.ones((1, 2)))[0])

@@ -165,3 +165,18 @@ def test_confounding_is_named(cohort, tmp_path):
     frame.loc[frame["site"] == "North", "label"] = "bleed"
     _, html, _ = write(frame, tmp_path)
     assert "Confounding by site." in html
+
+
+def test_chance_is_told_from_a_gap(cohort, tmp_path):
+    _, even, _ = write(cohort(600, harm=0.0), tmp_path / "even")
+    assert "Chance alone can make equal groups this uneven" in even
+    report, uneven, _ = write(cohort(900, harm=2.5), tmp_path / "uneven")
+    site = next(table for table in report.fairness if table.attribute == "site")
+    assert site.no_gap_p < site.no_gap_p_adjusted < 0.05
+    assert "Chance alone hardly makes the groups this uneven" in uneven
+
+
+def test_every_pair_of_groups_is_on_the_page(whole):
+    *_, html, _ = whole
+    for pair in ("North less South", "North less West", "South less West", "F less M"):
+        assert pair in html
