@@ -25,7 +25,7 @@ from medvit.config import EvaluationConfig
 from medvit.evaluation.bootstrap import PatientBootstrap
 from medvit.evaluation.confounding import auroc_of_attribute
 from medvit.evaluation.gaps import Gaps, Method, spread
-from medvit.evaluation.groups import MEASURES, Group, Question, Roll, make_group, measure, supporting, unseen
+from medvit.evaluation.groups import MEASURES, Group, Question, Roll, Row, make_group, measure, supporting, unseen
 from medvit.evaluation.metrics import Bools, Interval, weighted_rate
 from medvit.evaluation.permutation import no_gap_p
 from medvit.evaluation.predictions import one_vs_rest
@@ -125,11 +125,11 @@ def assess_fairness(frame: pd.DataFrame, attribute: str, settings: EvaluationCon
     roll = Roll(
         studies=frame["study_uid"].to_numpy(dtype=str) if "study_uid" in frame else None,
         unknown=np.array([FLAG in one for one in flags], dtype=bool),
-        refused=_named(pd.Series([row[attribute] for row in frame.attrs.get("refused", [])], dtype=object)),
     )
+    refused = _named(pd.Series([row[attribute] for row in frame.attrs.get("refused", [])], dtype=object))
     columns = zip(view.names, view.truth.T, view.called.T, view.score.T, strict=True)
     return tuple(
-        _assess_class(attribute, positive, Question(*question), names, roll, bootstrap, settings)
+        _assess_class(attribute, positive, Question(*question), names, roll, refused, bootstrap, settings)
         for positive, *question in columns
     )
 
@@ -156,21 +156,22 @@ def _assess_class(
     question: Question,
     names: npt.NDArray[np.str_],
     roll: Roll,
+    refused: npt.NDArray[np.str_],
     bootstrap: PatientBootstrap,
     settings: EvaluationConfig,
 ) -> FairnessTable:
-    known = {*names.tolist(), *roll.refused.tolist()}  # a group that was refused as a whole has its row
+    known = {*names.tolist(), *refused.tolist()}  # a group that was refused as a whole has its row
     named = sorted(known - {NOT_GIVEN})
-    rows = [(name, names == name) for name in [*named, NOT_GIVEN] if name in known]
-    rows.append((EVERYONE, np.ones(len(names), dtype=bool)))
+    rows = [Row(name, names == name, int((refused == name).sum())) for name in [*named, NOT_GIVEN] if name in known]
+    rows.append(Row(EVERYONE, np.ones(len(names), dtype=bool), len(refused)))
     points, draws = bootstrap.apply(
-        lambda weights: np.stack([measure(question.among(m), weights[:, m]) for _, m in rows], axis=2)
+        lambda weights: np.stack([measure(question.among(row.mask), weights[:, row.mask]) for row in rows], axis=2)
     )
     groups = tuple(
-        make_group(name, question, mask, points[:, g], draws[:, :, g], bootstrap, settings.min_cell, roll)
-        for g, (name, mask) in enumerate(rows)
+        make_group(row, question, points[:, g], draws[:, :, g], bootstrap, settings.min_cell, roll)
+        for g, row in enumerate(rows)
     )
-    patients = np.array([supporting(question, mask, bootstrap) for _, mask in rows[: len(named)]], dtype=object)
+    patients = np.array([supporting(question, row.mask, bootstrap) for row in rows[: len(named)]], dtype=object)
     patients = patients.reshape(-1, len(MEASURES)).T
     gaps = _gaps(points[:, : len(named)], draws[:, :, : len(named)], patients, bootstrap.confidence)
     given = names != NOT_GIVEN

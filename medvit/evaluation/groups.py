@@ -30,16 +30,22 @@ class Question(NamedTuple):
         return Question(self.truth[mask], self.called[mask], self.score[mask])
 
 
+class Row(NamedTuple):
+    """Which cases a row of the table is about: its name, `mask` (n,), and how many more the model would not judge."""
+
+    name: str
+    mask: Bools
+    refused: int
+
+
 class Roll(NamedTuple):
     """What is known of the cases beside the question.
 
-    `studies` (n,), None where they are not told apart; `unknown` (n,), flagged as unlike what the model knows;
-    `refused` (r,), the groups of cases that were not judged at all.
+    `studies` (n,), None where they are not told apart; `unknown` (n,), flagged as unlike what the model knows.
     """
 
     studies: npt.NDArray[np.str_] | None
     unknown: Bools
-    refused: npt.NDArray[np.str_]
 
 
 Cell = Callable[[Question], Bools]
@@ -151,16 +157,16 @@ def supporting(question: Question, mask: Bools, bootstrap: PatientBootstrap) -> 
 
 
 def make_group(
-    name: str,
+    row: Row,
     question: Question,
-    mask: Bools,
     points: Floats,
     draws: Floats,
     bootstrap: PatientBootstrap,
     min_cell: int,
     roll: Roll,
 ) -> Group:
-    """The row of the cases in `mask` (n,), from its points (measures,) and draws (B, measures)."""
+    """The figures of a row, from its points (measures,) and draws (B, measures)."""
+    mask = row.mask
     patients, positives, negatives = (bootstrap.count(mask & cell(question)) for cell in (everyone, positive, negative))
     found = {}
     supports = supporting(question, mask, bootstrap)
@@ -168,11 +174,11 @@ def make_group(
         interval = percentile_interval(float(point), values, bootstrap.confidence, patients if count is None else count)
         found[key] = interval if count is None else exact_at_limit(interval, count, bootstrap.confidence)
     return Group(
-        name=name,
+        name=row.name,
         patients=patients,
         studies=None if roll.studies is None else len(np.unique(roll.studies[mask])),
         cases=int(mask.sum()),
-        refused=len(roll.refused) if mask.all() else int((roll.refused == name).sum()),
+        refused=row.refused,
         unknown=int(roll.unknown[mask].sum()),
         positives=int((mask & question.truth).sum()),
         negatives=int((mask & ~question.truth).sum()),

@@ -8,6 +8,7 @@ import pytest
 
 from medvit.cli import train
 from medvit.io import phantom
+from medvit.models.bundle import open_bundle, open_reference, save_bundle
 
 TINY = [
     "preprocessing.size=32",
@@ -64,3 +65,13 @@ def trained(train_tiny: Callable[..., int], tmp_path_factory: pytest.TempPathFac
     output = tmp_path_factory.mktemp("trained") / "run"
     assert train_tiny(output) == 3  # done, and the planted damage was set aside
     return output
+
+
+@pytest.fixture
+def for_one_vendor(trained: Path, tmp_path: Path) -> Path:
+    """A bundle of the trained model that must not be asked about scanners of other makers than GE."""
+    classifier, info = open_bundle(trained)
+    seen = info.training_range.model_copy(update={"manufacturers": ("GE MEDICAL SYSTEMS",)})
+    narrow = info.model_copy(update={"training_range": seen, "refuse": ("manufacturer",)})
+    save_bundle(tmp_path / "narrow", classifier, narrow, open_reference(trained, info))
+    return tmp_path / "narrow"

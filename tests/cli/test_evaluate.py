@@ -1,4 +1,5 @@
 import csv
+import json
 import random
 
 import pytest
@@ -44,3 +45,18 @@ def test_gate_refuses_what_serves_a_site_worse(unfair, tmp_path):
 @pytest.mark.parametrize("arguments", [[], ["run", "--predictions", "x.csv"], ["--predictions", "nowhere.csv"]])
 def test_wrong_usage_ends_with_2(arguments, tmp_path):
     assert evaluate.main([*arguments, "--output", str(tmp_path)]) == 2
+
+
+def test_cases_that_the_model_refuses_are_counted_by_group(site, for_one_vendor, tmp_path):
+    report = tmp_path / "report"
+    arguments = [str(for_one_vendor), str(site.folder), "--labels", str(site.labels), "--output", str(report)]
+    assert evaluate.main(arguments) == 3
+    with (report / "predictions.csv").open(encoding="utf-8-sig", newline="") as stream:
+        written = list(csv.DictReader(stream))
+    refused = [row for row in written if row["flags"] == "NOT_FOR_MODEL"]
+    assert len(written) == site.patients
+    assert {row["site"] for row in refused} == {"North Clinic", "Harbour Hospital"}
+    assert not any(row["p_0"] or row["predicted"] for row in refused)
+    tables = json.loads((report / "fairness.json").read_text(encoding="utf-8"))["tables"]
+    by_site = {group["name"]: (group["cases"], group["refused"]) for group in tables[0]["groups"]}
+    assert by_site == {"Harbour Hospital": (0, 8), "Hill University": (8, 0), "North Clinic": (0, 8)}

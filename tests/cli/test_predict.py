@@ -167,3 +167,14 @@ def test_wrong_model_ends_with_2(kind, export, trained, tmp_path, capsys):
             stream.write(b"\x55")
     assert predict.main([str(export.folder), "--model", str(model), "--output", str(tmp_path / "out")]) == 2
     assert "error:" in capsys.readouterr().err
+
+
+def test_a_scan_that_the_model_is_not_for_gets_a_reason_and_no_score(export, for_one_vendor, tmp_path):
+    arguments = [str(export.folder), "--model", str(for_one_vendor), "--output", str(tmp_path / "out")]
+    assert predict.main(arguments) == 3
+    predicted = rows(tmp_path / "out" / "predictions.csv")
+    aside = [row for row in rows(tmp_path / "out" / "quarantine.csv") if row["code"] == "NOT_FOR_MODEL"]
+    assert 0 < len(predicted) < export.patients
+    assert len({row["series_uid"] for row in aside}) == export.patients - len(predicted)
+    assert all("manufacturer SIEMENS" in row["detail"] for row in aside)
+    assert all(float(row["ood_score"]) > 0 for row in predicted)
