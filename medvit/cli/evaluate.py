@@ -30,6 +30,10 @@ predictions.csv needs label and p_<class> columns; case_id, patient_id, site, se
 """
 
 
+DETAILED = ("site", "sex", "age_band")
+"""Attributes whose groups have a line each; of the others only the gap is shown here, and all in the report."""
+
+
 def parser() -> Parser:
     """The arguments."""
     result = Parser("evaluate", __doc__ or "", EPILOG)
@@ -109,7 +113,7 @@ def show_report(report: evaluation.Report) -> None:
     lines += [f"sensitivity  {report.sensitivity}", f"specificity  {report.specificity}"]
     for table in report.fairness:
         name = table.attribute.replace("_", " ")
-        for group in table.groups:
+        for group in table.groups if table.attribute in DETAILED else ():
             lines.append(f"  {name} {group.name}: AUROC {group.auroc}, {group.patients} patients, {group.cases} cases")
         lines.append(
             f"  {name}: equalized-odds difference {table.equalized_odds}: {table.verdict}; "

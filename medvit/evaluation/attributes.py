@@ -36,6 +36,9 @@ def with_attributes(frame: pd.DataFrame, settings: EvaluationConfig) -> tuple[pd
     frame = frame.copy()
     if "age" in frame:
         frame["age_band"] = age_band(pd.to_numeric(frame["age"], errors="coerce"))
+    for name in frame.columns:
+        if not _is_known(str(name)):
+            frame[name] = _numbers_alike(frame[name])
     further = [str(name) for name in frame.columns if not _is_known(str(name))]
     groups = [name for name in further if 2 <= frame[name].nunique() <= MOST_VALUES]
     notes = [
@@ -55,6 +58,15 @@ def with_attributes(frame: pd.DataFrame, settings: EvaluationConfig) -> tuple[pd
         chosen.append(f"{first}_by_{second}")
     frame.attrs["refused"] = refused.to_dict("records")
     return frame, tuple(chosen), notes
+
+
+def _numbers_alike(values: pd.Series) -> pd.Series:
+    """A column of numbers spelled in one way ("5.000000" and "005.0E+00" are "5"); any other as it is."""
+    given = values.fillna("").astype(str)
+    numbers = pd.to_numeric(given.where(given != ""), errors="coerce")
+    if not (numbers.notna() | (given == "")).all():
+        return values
+    return numbers.map(lambda number: "" if number != number else f"{number:g}")  # noqa: PLR0124 - NaN is not itself
 
 
 def _several(frame: pd.DataFrame, name: str) -> bool:

@@ -40,3 +40,12 @@ def test_chosen_columns_and_no_others(cohort):
 def test_one_site_is_not_crossed(cohort):
     _, names, _ = with_attributes(check_predictions(cohort(60, sites=("Only",))), EvaluationConfig())
     assert "site_by_sex" not in names
+
+
+def test_a_number_is_one_group_however_it_is_spelled(cohort):
+    spelled = ["5", "5.000000", "005.0E+00", "2.5", ""] * 12
+    found, names, _ = with_attributes(check_predictions(cohort(60).assign(thickness=spelled)), EvaluationConfig())
+    assert "thickness" in names
+    assert set(found["thickness"]) == {"5", "2.5", ""}
+    mixed, _, _ = with_attributes(check_predictions(cohort(60).assign(kernel=["30", "B30f"] * 30)), EvaluationConfig())
+    assert set(mixed["kernel"]) == {"30", "B30f"}
