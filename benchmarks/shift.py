@@ -16,7 +16,7 @@ import json
 import os
 import tempfile
 import warnings
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ import numpy.typing as npt
 import torch
 from adaptation_problems import PHANTOM_PX, PHANTOM_SLICES, normalised, phantom_cases, small_vit
 from adaptation_runs import dataset_of, look
+from goals import Goal
 from scipy import stats
 from torch import Tensor
 
@@ -62,21 +63,6 @@ OTHERS = {
     "out of calibration by 400 HU": replace(phantom.SITES[2], hu_offset=400.0),
     "table 20 mm lower": replace(phantom.SITES[2], table_mm=20.0),
 }
-
-
-@dataclass(frozen=True)
-class Goal:
-    """One figure and the range that it must lie in."""
-
-    what: str
-    figure: float
-    low: float
-    high: float
-
-    @property
-    def met(self) -> bool:
-        """Never with NaN."""
-        return bool(self.low <= self.figure <= self.high)
 
 
 # ---- real CT --------------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """Do the intervals of the fairness report hold what they promise? Simulated cohorts, whose truth is known.
 
-    python benchmarks/coverage.py [--cohorts N] [--draws N] [--processes N] [--quick]
+    python benchmarks/fairness.py [--cohorts N] [--draws N] [--processes N] [--quick]
 
 Three sites of equal size; patients with one to three cases that resemble each other; labels, scores and calls from a
 latent normal score, so that every rate and every AUROC is known exactly. At one site the finding scores lower. Each
@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from goals import Goal
 from scipy import stats
 
 from medvit.config import EvaluationConfig
@@ -123,21 +124,6 @@ def _held(table: FairnessTable, design: Design) -> dict[str, float]:
     return {name: float(np.mean(held)) for name, held in found.items()}
 
 
-@dataclass(frozen=True)
-class Goal:
-    """One figure and the range that it must lie in."""
-
-    what: str
-    figure: float
-    low: float
-    high: float
-
-    @property
-    def met(self) -> bool:
-        """Never with NaN."""
-        return self.low <= self.figure <= self.high
-
-
 def goals(design: Design, rows: list[dict[str, float]]) -> list[Goal]:
     """What is asked of a design."""
     name = f"{design.patients} patients, gap {design.gap:g}"
@@ -180,7 +166,7 @@ def main() -> None:
     detail: dict[str, Any] = {"goals": [asdict(goal) for goal in asked], "cohorts": cohorts, "draws": arguments.draws}
     detail["seconds"] = round(time.perf_counter() - began)
     met = sum(goal.met for goal in asked)
-    result = {"name": "coverage", "figure": met, "unit": "goals met", "goal": len(asked), "met": met == len(asked)}
+    result = {"name": "fairness", "figure": met, "unit": "goals met", "goal": len(asked), "met": met == len(asked)}
     print(json.dumps(result | {"detail": detail}))
 
 
