@@ -194,7 +194,7 @@ def main() -> None:
     print()
     for goal in goals:
         print(f"{goal.what:70}{goal.figure:8.3f}, {goal.low:.3f} to {goal.high:.3f}{'' if goal.met else '  MISSED'}")
-    met = sum(bool(goal.met) for goal in goals)
+    met = sum(goal.met for goal in goals)
     result = {"name": "shift", "figure": met, "unit": "goals met", "goal": len(goals), "met": met == len(goals)}
     print(json.dumps(result | {"detail": {"goals": [asdict(goal) for goal in goals], **detail}}))
 

@@ -149,6 +149,8 @@ class Model:
         """The same model with test-time augmentation, or without: `info.tta` says which."""
         backbone = self.encoder.classifier.backbone
         views = draw_views(tta, self.preprocessing.size, backbone.patch)
+        if (views, tta) == (self.encoder.views, self.info.tta):
+            return self  # the same encoder keeps what is cached of it
         return replace(self, encoder=replace(self.encoder, views=views), info=self.info.model_copy(update={"tta": tta}))
 
     @property

@@ -33,12 +33,8 @@ def with_attributes(frame: pd.DataFrame, settings: EvaluationConfig) -> tuple[pd
         The frame with derived columns (`age_band`, crossings such as `site_by_sex`), the columns to compare by, and
         notes on what could not be compared.
     """
-    frame = frame.copy()
-    if "age" in frame:
-        frame["age_band"] = age_band(pd.to_numeric(frame["age"], errors="coerce"))
-    for name in frame.columns:
-        if not _is_known(str(name)):
-            frame[name] = _numbers_alike(frame[name])
+    refused = _derived(pd.DataFrame(frame.attrs.get("refused", []), columns=list(frame.columns)))
+    frame = _derived(frame)
     further = [str(name) for name in frame.columns if not _is_known(str(name))]
     groups = [name for name in further if 2 <= frame[name].nunique() <= MOST_VALUES]
     notes = [
@@ -50,14 +46,23 @@ def with_attributes(frame: pd.DataFrame, settings: EvaluationConfig) -> tuple[pd
     notes += [f"No column `{name}`: no comparison by it." for name in wanted if name not in frame]
     chosen = [name for name in wanted if name in frame]
     pairs = [pair for pair in settings.crossings if all(_several(frame, name) for name in pair)]
-    refused = pd.DataFrame(frame.attrs.get("refused", []), columns=list(frame.columns))
-    refused["age_band"] = age_band(pd.to_numeric(refused["age"], errors="coerce")) if "age" in refused else ""
     for first, second in pairs:
         for side in (frame, refused):
             side[f"{first}_by_{second}"] = crossed(side, first, second)
         chosen.append(f"{first}_by_{second}")
     frame.attrs["refused"] = refused.to_dict("records")
     return frame, tuple(chosen), notes
+
+
+def _derived(frame: pd.DataFrame) -> pd.DataFrame:
+    """A copy with `age_band` where there is an age, and with further columns in one spelling."""
+    frame = frame.copy()
+    if "age" in frame:
+        frame["age_band"] = age_band(pd.to_numeric(frame["age"], errors="coerce"))
+    for name in frame.columns:
+        if not _is_known(str(name)):
+            frame[name] = _numbers_alike(frame[name])
+    return frame
 
 
 def _numbers_alike(values: pd.Series) -> pd.Series:

@@ -25,16 +25,25 @@ PRIOR = 1.0
 """Standard deviation of the log temperature before any case is seen: few cases, however well told apart, say little."""
 
 
-def weighted_calibration(labels: Bools, probabilities: Floats, weights: Floats) -> Floats:
-    """Slope, and intercept at slope 1, of each draw: (n,), (n,), (D, n) -> (D, 2); NaN where a draw defines none."""
-    logit = special.logit(np.clip(probabilities, CLIP, 1 - CLIP))
-    truth = labels.astype(np.float64)
-    slope = _newton(np.stack([np.ones_like(logit), logit]), truth, weights, np.zeros_like(logit))[:, 1]
-    intercept = _newton(np.ones((1, len(logit))), truth, weights, logit)[:, 0]
-    (lowest, highest), (least, most) = (_ends(logit, weights * cell) for cell in (truth, 1 - truth))
+def weighted_slope(labels: Bools, probabilities: Floats, weights: Floats) -> Floats:
+    """Calibration slope of each draw: (n,), (n,), (D, n) -> (D,); NaN of one class, or where a threshold parts them."""
+    logit = _logit(probabilities)
+    (lowest, highest), (least, most) = (_ends(logit, weights * cell) for cell in (labels, ~labels))
     both = np.isfinite(lowest) & np.isfinite(least)
-    apart = (highest <= least) | (most <= lowest)  # by a threshold: the steeper, the likelier, without end
-    return np.stack([np.where(both & ~apart, slope, np.nan), np.where(both, intercept, np.nan)], axis=1)
+    apart = (highest <= least) | (most <= lowest)  # the steeper, the likelier, without end
+    slope = _newton(np.stack([np.ones_like(logit), logit]), labels, weights, np.zeros_like(logit))[:, 1]
+    return np.where(both & ~apart, slope, np.nan)
+
+
+def weighted_intercept(labels: Bools, probabilities: Floats, weights: Floats) -> Floats:
+    """Calibration intercept at slope 1 of each draw: (n,), (n,), (D, n) -> (D,); NaN of one class."""
+    logit = _logit(probabilities)
+    both = (weights @ labels > 0) & (weights @ ~labels > 0)
+    return np.where(both, _newton(np.ones((1, len(logit))), labels, weights, logit)[:, 0], np.nan)
+
+
+def _logit(probabilities: Floats) -> Floats:
+    return np.asarray(special.logit(np.clip(probabilities, CLIP, 1 - CLIP)))
 
 
 def _ends(values: Floats, weights: Floats) -> tuple[Floats, Floats]:
@@ -43,7 +52,7 @@ def _ends(values: Floats, weights: Floats) -> tuple[Floats, Floats]:
     return np.where(drawn, values, np.inf).min(axis=1), np.where(drawn, values, -np.inf).max(axis=1)
 
 
-def _newton(inputs: Floats, truth: Floats, weights: Floats, offset: Floats) -> Floats:
+def _newton(inputs: Floats, truth: Bools, weights: Floats, offset: Floats) -> Floats:
     """Weighted logistic regressions: inputs (P, n), weights (D, n) -> coefficients (D, P), all draws at once."""
     products = inputs[:, None] * inputs[None]  # (P, P, n)
     found = np.zeros((len(weights), len(inputs)))

@@ -167,12 +167,12 @@ def _assess_class(
     points, draws = bootstrap.apply(
         lambda weights: np.stack([measure(question.among(row.mask), weights[:, row.mask]) for row in rows], axis=2)
     )
+    supports = [supporting(question, row.mask, bootstrap) for row in rows]
     groups = tuple(
-        make_group(row, question, points[:, g], draws[:, :, g], bootstrap, settings.min_cell, roll)
+        make_group(row, question, points[:, g], draws[:, :, g], bootstrap, supports[g], settings.min_cell, roll)
         for g, row in enumerate(rows)
     )
-    patients = np.array([supporting(question, row.mask, bootstrap) for row in rows[: len(named)]], dtype=object)
-    patients = patients.reshape(-1, len(MEASURES)).T
+    patients = np.array(supports[: len(named)], dtype=object).reshape(-1, len(MEASURES)).T
     gaps = _gaps(points[:, : len(named)], draws[:, :, : len(named)], patients, bootstrap.confidence)
     given = names != NOT_GIVEN
     place = {name: i for i, name in enumerate(MEASURES)}

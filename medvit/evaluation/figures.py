@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from medvit.evaluation.bootstrap import PatientBootstrap, exact_at_limit, percentile_interval
-from medvit.evaluation.calibration import weighted_calibration
+from medvit.evaluation.calibration import weighted_intercept, weighted_slope
 from medvit.evaluation.groups import Question
 from medvit.evaluation.metrics import (
     Floats,
@@ -30,8 +30,8 @@ FIGURES: dict[str, Callable[[Question, Floats], Floats]] = {
     "sensitivity_at_90_specificity": lambda one, weights: weighted_sensitivity_at(one.truth, one.score, weights, 0.9),
     "brier": lambda one, weights: weighted_brier(one.truth, one.score, weights),
     "ece": lambda one, weights: weighted_ece(one.truth, one.score, weights),
-    "calibration_slope": lambda one, weights: weighted_calibration(one.truth, one.score, weights)[:, 0],
-    "calibration_intercept": lambda one, weights: weighted_calibration(one.truth, one.score, weights)[:, 1],
+    "calibration_slope": lambda one, weights: weighted_slope(one.truth, one.score, weights),
+    "calibration_intercept": lambda one, weights: weighted_intercept(one.truth, one.score, weights),
 }
 """Name -> question (n,), weights (D, n) -> (D,)."""
 

@@ -7,7 +7,7 @@ from, and decide the exact interval where a share is 0 or 1 and resampling shows
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -162,14 +162,14 @@ def make_group(
     points: Floats,
     draws: Floats,
     bootstrap: PatientBootstrap,
+    supports: Sequence[int | None],
     min_cell: int,
     roll: Roll,
 ) -> Group:
-    """The figures of a row, from its points (measures,) and draws (B, measures)."""
+    """The figures of a row, from its points (measures,), draws (B, measures) and `supporting` patients."""
     mask = row.mask
     patients, positives, negatives = (bootstrap.count(mask & cell(question)) for cell in (everyone, positive, negative))
     found = {}
-    supports = supporting(question, mask, bootstrap)
     for key, point, values, count in zip(MEASURES, points, draws.T, supports, strict=True):
         interval = percentile_interval(float(point), values, bootstrap.confidence, patients if count is None else count)
         found[key] = interval if count is None else exact_at_limit(interval, count, bootstrap.confidence)

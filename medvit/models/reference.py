@@ -15,8 +15,8 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
+from scipy.spatial.distance import cdist
 from sklearn.covariance import LedoitWolf
-from sklearn.neighbors import NearestNeighbors
 
 Floats = npt.NDArray[np.float64]
 Kind = Literal["mahalanobis", "knn"]
@@ -55,8 +55,8 @@ class Reference:
         if self.kind == "mahalanobis":
             square = np.einsum("nd,de,ne->n", apart, self.precision.astype(np.float64), apart, optimize=True)
             return np.asarray(np.sqrt(np.maximum(square, 0) / apart.shape[1]))
-        nearest = NearestNeighbors(n_neighbors=1).fit(self.known)
-        return np.asarray(nearest.kneighbors(apart * self.precision)[0][:, 0] / math.sqrt(apart.shape[1]))
+        nearest = cdist(apart * self.precision, self.known).min(axis=1)
+        return np.asarray(nearest / math.sqrt(apart.shape[1]))
 
 
 def know(features: npt.NDArray[np.floating], kind: Kind = "mahalanobis", seed: int = 0) -> Reference:

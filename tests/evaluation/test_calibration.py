@@ -6,7 +6,12 @@ from scipy import special
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
 
-from medvit.evaluation.calibration import fit_temperature, weighted_calibration
+from medvit.evaluation.calibration import fit_temperature, weighted_intercept, weighted_slope
+
+
+def weighted_calibration(truth, p, weights):
+    """Slope and intercept of each draw, (D, 2)."""
+    return np.stack([weighted_slope(truth, p, weights), weighted_intercept(truth, p, weights)], axis=1)
 
 
 def simulated(seed, slope=1.0, intercept=0.0, cases=400):

@@ -79,12 +79,15 @@ def test_refused_and_unknown_cases_are_counted_by_group(cohort):
     frame = cohort().assign(flags="")
     frame.loc[frame.index[:9], ["p_none", "p_bleed", "flags"]] = [None, None, "NOT_FOR_MODEL"]
     frame.loc[frame.index[9:16], "flags"] = "LOSSY OUT_OF_DISTRIBUTION"
+    frame["thickness"] = ["5.000000"] * 9 + ["5"] * (len(frame) - 10) + ["2.5"]
     frame["hall"] = ["closed"] * 9 + ["open"] * (len(frame) - 9)
     checked, _, _ = with_attributes(check_predictions(frame), QUICK)
     for attribute in ("site", "site_by_sex", "age_band"):
         (table,) = assess_fairness(checked, attribute, QUICK)
         assert table.overall.refused == sum(group.refused for group in table.groups) == 9
         assert table.overall.unknown == sum(group.unknown for group in table.groups) == 7
+    (table,) = assess_fairness(checked, "thickness", QUICK)
+    assert [(group.name, group.refused) for group in table.groups] == [("2.5", 0), ("5", 9)]  # however it is spelled
     (table,) = assess_fairness(checked, "hall", QUICK)
     shut = table.groups[0]
     assert (shut.name, shut.cases, shut.refused) == ("closed", 0, 9)  # nobody there was served at all
