@@ -211,6 +211,16 @@ class InferenceConfig(_Section):
     )
 
 
+class AttentionConfig(_Section):
+    """Relevance maps in the report: how they are judged, and pictures. Pictures show patients."""
+
+    minutes: float = Field(1.0, ge=0, description="time cap of judging maps; the report says how many cases it allowed")
+    cases: int = Field(24, ge=3, description="case cap of judging maps")
+    slices: int = Field(3, ge=1, description="slices of a case that are explained: those that counted most")
+    pictures: int = Field(6, ge=0, description="slices to draw: calls, false alarms and misses, the surest of each")
+    seed: int = Field(0, ge=0, description="of the choice of cases")
+
+
 class EvaluationConfig(_Section):
     """Report."""
 
@@ -228,6 +238,9 @@ class EvaluationConfig(_Section):
     )
     crossings: tuple[tuple[str, str], ...] = Field(
         (("site", "sex"),), description="pairs of columns whose combinations are compared as well: [[site, sex]]"
+    )
+    attention: AttentionConfig | None = Field(
+        AttentionConfig(), description="what the model looked at, with slices of patients; null: no maps, no pictures"
     )
 
 

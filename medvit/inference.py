@@ -5,7 +5,8 @@ What a report says about a model holds for what is deployed because both come th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -72,29 +73,37 @@ class Encoder:
 
     def encode(self, slices: Slices, view: View = AS_IT_IS) -> Floats:
         """int16 HU (S, size, size) -> features (S, D), as a view shows them."""
+        backbone = self.classifier.backbone
+        device = next(backbone.parameters()).device
+        chunks: list[Tensor] = []
+        with torch.inference_mode(), self.judging():
+            for start in range(0, len(slices), self.batch_slices):
+                values = self.values(slices[start : start + self.batch_slices], view)
+                chunks.append(backbone(values.to(device)).float().cpu())
+        return torch.cat(chunks).numpy()
+
+    def values(self, slices: npt.NDArray[Any], view: View = AS_IT_IS) -> Tensor:
+        """HU (S, H, H) -> what the backbone is given, (S, C, size, size)."""
         windows = rewindowed(self.preprocessing.windows, view)
         preprocessing = self.preprocessing.model_copy(update={"windows": windows})
-        transform = prediction_transform(preprocessing, self.mean, self.std)
-        device = next(self.classifier.parameters()).device
+        seen = look(resize_slices(np.array(slices, np.float32), self.classifier.backbone.size), view)
+        return torch.as_tensor(prediction_transform(preprocessing, self.mean, self.std)(seen)).as_subclass(Tensor)
+
+    @contextmanager
+    def judging(self) -> Iterator[None]:
+        """The classifier in evaluation mode, and afterwards as it was."""
         was_training = self.classifier.training
         self.classifier.eval()
-        chunks: list[Tensor] = []
-        with torch.inference_mode():
-            for start in range(0, len(slices), self.batch_slices):
-                some = np.array(slices[start : start + self.batch_slices], np.float32)
-                seen = look(resize_slices(some, self.classifier.backbone.size), view)
-                values = torch.as_tensor(transform(seen))
-                chunks.append(self.classifier.backbone(values.as_subclass(Tensor).to(device)).float().cpu())
-        self.classifier.train(was_training)
-        return torch.cat(chunks).numpy()
+        try:
+            yield
+        finally:
+            self.classifier.train(was_training)
 
     def studies(self, features: Sequence[Floats]) -> list[StudyOutput]:
         """Features (S, D) of the chosen slices of each study -> what the model makes of it."""
         device = next(self.classifier.parameters()).device
-        was_training = self.classifier.training
-        self.classifier.eval()
         results: list[StudyOutput] = []
-        with torch.inference_mode():
+        with torch.inference_mode(), self.judging():
             for start in range(0, len(features), STUDIES_AT_ONCE):
                 some = [torch.tensor(one, dtype=torch.float32) for one in features[start : start + STUDIES_AT_ONCE]]
                 values = pad_sequence(some, batch_first=True)  # (B, S, D)
@@ -106,7 +115,6 @@ class Encoder:
                     StudyOutput(logits[row], weights[row, : len(one)], pooled[row], logits[row : row + 1])
                     for row, one in enumerate(some)
                 ]
-        self.classifier.train(was_training)
         return results
 
     def choose(self, count: int) -> npt.NDArray[np.intp]:

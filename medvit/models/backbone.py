@@ -53,6 +53,12 @@ class Backbone(nn.Module):
         """Side of a patch, px; 1 where there are none."""
         return _patch(self.model)
 
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches, in the order of the tokens after the prefix."""
+        rows, columns = self.model.patch_embed.grid_size
+        return int(rows), int(columns)
+
     def tokens(self, slices: Tensor) -> Tensor:
         """Final features as timm gives them: (B, N, D) for a ViT, prefix tokens first."""
         if not self.has_tokens:  # convolutions are faster so: ResNet-50 by 7 % in training, 13 % in inference (CPU)

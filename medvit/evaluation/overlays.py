@@ -1,0 +1,46 @@
+"""A slice as a radiologist would see it, and beside it the same slice with a relevance map over it, as PNG."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import cv2
+import matplotlib as mpl
+import numpy as np
+import numpy.typing as npt
+
+from medvit.data.intensity import apply_window
+from medvit.records import Window, resolve_window
+
+SIDE = 320
+"""Of a panel, px: patches of 14 px stay recognisable, and a dozen panels stay below a megabyte."""
+
+GAP = 6
+STRONGEST = 0.65
+"""Opacity of the most relevant patch: what is below it must stay visible."""
+
+
+def draw_overlay(
+    hu: npt.NDArray[np.integer], relevance: npt.NDArray[np.floating], windows: Sequence[str | Window]
+) -> bytes:
+    """PNG of two panels side by side.
+
+    The narrowest of the model's windows is shown: it tells tissues apart. Colour goes from the least to the most
+    relevant patch of this slice; nothing is coloured where all patches are alike.
+
+    Args:
+        hu: (H, H).
+        relevance: (rows, columns) of the grid of patches, 0 or more.
+        windows: of the model.
+    """
+    level, width = min((resolve_window(window) for window in windows), key=lambda window: window[1])
+    plain = cv2.resize(apply_window(hu, level, width), (SIDE, SIDE), interpolation=cv2.INTER_CUBIC).clip(0, 1)
+    grey = np.repeat(plain[:, :, None], 3, axis=2)
+    spread = np.ptp(relevance)
+    share = (relevance - relevance.min()) / spread if spread > 0 else np.zeros_like(relevance)
+    heat = cv2.resize(share.astype(np.float32), (SIDE, SIDE), interpolation=cv2.INTER_LINEAR)
+    colour = mpl.colormaps["inferno"](heat)[:, :, :3]
+    opacity = STRONGEST * heat[:, :, None]
+    both = np.concatenate([grey, np.ones((SIDE, GAP, 3)), grey * (1 - opacity) + colour * opacity], axis=1)
+    _, encoded = cv2.imencode(".png", np.round(255 * both[:, :, ::-1]).astype(np.uint8))
+    return encoded.tobytes()
