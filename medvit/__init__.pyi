@@ -1,3 +1,4 @@
+from .inference import Judged as Judged
 from .inference import Model as Model
 from .inference import load_bundle as load_bundle
 from .records import Case as Case

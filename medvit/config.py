@@ -221,6 +221,20 @@ class AttentionConfig(_Section):
     seed: int = Field(0, ge=0, description="of the choice of cases")
 
 
+class PricesConfig(_Section):
+    """What owning the model costs: stated, never assumed. Every price that is not 0 should have a source at hand."""
+
+    currency: str = Field("EUR", description="of all prices")
+    years: float = Field(5.0, gt=0, description="of use")
+    studies_per_year: float = Field(..., gt=0, description="that the model is asked about")
+    label_case: float = Field(0.0, ge=0, description="price of labelling one training case")
+    machine_hour: float = Field(0.0, ge=0, description="price of an hour of the machine, for training and predicting")
+    updates_per_year: float = Field(1.0, ge=0, description="trainings after the first")
+    service_year: float = Field(0.0, ge=0, description="licences, hosting and support a year")
+    staff_hours_year: float = Field(0.0, ge=0, description="hours of people who watch and update the model, a year")
+    staff_hour: float = Field(0.0, ge=0, description="price of such an hour")
+
+
 class EvaluationConfig(_Section):
     """Report."""
 
@@ -242,6 +256,7 @@ class EvaluationConfig(_Section):
     attention: AttentionConfig | None = Field(
         AttentionConfig(), description="what the model looked at, with slices of patients; null: no maps, no pictures"
     )
+    prices: PricesConfig | None = Field(None, description="for the cost of ownership; null: it is not told")
 
 
 class Config(_Section):

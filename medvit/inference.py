@@ -5,7 +5,7 @@ What a report says about a model holds for what is deployed because both come th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -217,6 +217,33 @@ class Model:
             model_sha256=self.info.weights_sha256,
             attributes=case.attributes,
         )
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A case that was predicted, with the model that did: with folds every case has its own, which never saw it.
+
+    Attributes:
+        model: which predicted it.
+        case: with its label.
+        prediction: what the model said.
+        load: case -> prepared slices, int16 HU (Z, size, size).
+    """
+
+    model: Model
+    case: Case
+    prediction: Prediction
+    load: Callable[[Case], Slices]
+
+    @property
+    def slices(self) -> Slices:
+        """Those that the prediction looked at, int16 HU (S, size, size)."""
+        return self.load(self.case)[[number for number, _ in self.prediction.slice_weights]]
+
+    @property
+    def right(self) -> bool:
+        """Whether the call is the label."""
+        return self.prediction.predicted == self.case.label
 
 
 def load_bundle(path: str | Path, *, batch_slices: int = 32, device: str | torch.device = "cpu") -> Model:

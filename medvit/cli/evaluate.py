@@ -1,13 +1,16 @@
 """medvit-evaluate: the report of a run, of a model on another labelled folder, or of anybody's predictions.
 
-Writes report.html (one file, no links) and metrics.json: AUROC with patient-clustered intervals, the operating point,
-calibration, and sensitivity, specificity and equalized odds per site, sex and age.
+Writes report.html (one file, no links), metrics.json and fairness.json: AUROC with patient-clustered intervals, the
+operating point, calibration, and sensitivity, specificity and equalized odds per site, sex and age. With RUN and FOLDER
+it also tells what the model looked at and how long a prediction takes.
 """
 
 from __future__ import annotations
 
 import argparse
 import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +20,15 @@ import medvit
 from medvit import data, evaluation
 from medvit.cli.console import Display, Parser, command, tables
 from medvit.cli.study import add_label_arguments, prepare, set_aside
-from medvit.config import load_config
-from medvit.records import EXIT_DONE, EXIT_QUARANTINE, EXIT_REFUSED, Case, ScanError, UsageError
+from medvit.config import EvaluationConfig, load_config
+from medvit.records import EXIT_DONE, EXIT_QUARANTINE, EXIT_REFUSED, Case, Prediction, ScanError, UsageError
 
 EPILOG = """
 examples:
   medvit-evaluate runs/first --output report
   medvit-evaluate runs/first /exports/other-site --labels labels.csv --output report-other-site
   medvit-evaluate --predictions predictions.csv --output report --gate
+  medvit-evaluate runs/second --baseline first=runs/first/predictions.csv --output report-gain
 
 predictions.csv needs label and p_<class> columns; case_id, patient_id, site, sex, age and threshold make it better.
 """
@@ -41,6 +45,9 @@ def parser() -> Parser:
     add_label_arguments(result, optional=True)
     result.add_argument("--predictions", metavar="CSV", type=Path, help="predictions to judge instead of a run")
     result.add_argument("--output", metavar="DIR", type=Path, required=True, help="where the report goes")
+    result.add_argument(
+        "--baseline", metavar="NAME=CSV", help="predictions of the present method on the same cases: what is gained?"
+    )
     result.add_argument("--gate", action="store_true", help="exit code 4 where a fairness tolerance is not met")
     return result
 
@@ -51,25 +58,44 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser().parse_intermixed_args(argv)
     if (arguments.run is None) == (arguments.predictions is None):
         raise UsageError("give either RUN or --predictions CSV (see -h).")
-    status = EXIT_DONE
+    baseline = read_baseline(arguments.baseline)
+    status, further = EXIT_DONE, evaluation.Further()
     about: dict[str, str] = {}
+    run_config = (arguments.run or Path()) / "config.yaml"
+    config = load_config(run_config if arguments.run is not None and run_config.is_file() else None)
     if arguments.predictions is not None:
         frame = evaluation.read_predictions(arguments.predictions)
     elif arguments.folder is None:
         frame = evaluation.read_predictions(arguments.run / "predictions.csv")
     else:
-        frame, about, status = predict_labelled(arguments)
-    run_config = (arguments.run or Path()) / "config.yaml"
-    config = load_config(run_config if arguments.run is not None and run_config.is_file() else None)
-    report = evaluation.write_report(frame, arguments.output, config.evaluation, about)
+        frame, about, further, status = predict_labelled(arguments, config.evaluation)
+    if baseline is not None:
+        further = replace(further, gain=evaluation.measure_gain(frame, *baseline, config.evaluation))
+    report = evaluation.write_report(frame, arguments.output, config.evaluation, about, further)
     show_report(report)
     if arguments.gate and any(table.verdict == "not met" for table in report.fairness):
         return EXIT_REFUSED
     return status
 
 
-def predict_labelled(arguments: argparse.Namespace) -> tuple[pd.DataFrame, dict[str, str], int]:
-    """Predictions of a model on a labelled folder, written to predictions.csv beside the report."""
+def read_baseline(given: str | None) -> tuple[pd.DataFrame, str] | None:
+    """Predictions and name of the present method from NAME=CSV.
+
+    Raises:
+        UsageError: no name, or the CSV cannot be evaluated.
+    """
+    if given is None:
+        return None
+    name, equals, path = given.partition("=")
+    if not (name and equals and path):
+        raise UsageError(f"--baseline {given}: expected NAME=CSV, for example --baseline radiographers=theirs.csv.")
+    return evaluation.read_predictions(path), name
+
+
+def predict_labelled(
+    arguments: argparse.Namespace, settings: EvaluationConfig
+) -> tuple[pd.DataFrame, dict[str, str], evaluation.Further, int]:
+    """Predictions of a model on a labelled folder, written to predictions.csv beside the report, and a look inside."""
     model = medvit.load_bundle(arguments.run)
     arguments.output.mkdir(parents=True, exist_ok=True)
     with Display() as display, tempfile.TemporaryDirectory(dir=arguments.output, prefix=".cache-") as scratch:
@@ -78,30 +104,57 @@ def predict_labelled(arguments: argparse.Namespace) -> tuple[pd.DataFrame, dict[
         if unknown:
             raise UsageError(f"labels {', '.join(unknown)} are none of the model's: {', '.join(model.info.classes)}.")
         display.start("predicting", len(study.cases))
-        rows = []
+        rows, judged = [], []
         for case in study.cases:
-            rows.append(predict_or_refuse(model, case, study.cache))
+            found = predict_or_refuse(model, case, study.cache)
+            judged += [medvit.Judged(model, case, found, study.cache.load)] if isinstance(found, Prediction) else []
+            rows.append(found.to_row() if isinstance(found, Prediction) else found)
             display.step()
+        further = look_into(judged, settings, display, labelled=int(model.info.provenance.get("cases", 0)))
     path = arguments.output / "predictions.csv"
     evaluation.write_predictions(pd.DataFrame(rows), path)
     about = {
         "Model": model.info.architecture.name,
         "Cases": f"{len(study.cases)} labelled, not seen in training if so chosen",
     }
-    return evaluation.read_predictions(path), about, EXIT_QUARANTINE if set_aside(study) else EXIT_DONE
+    return evaluation.read_predictions(path), about, further, EXIT_QUARANTINE if set_aside(study) else EXIT_DONE
 
 
-def predict_or_refuse(model: medvit.Model, case: Case, cache: data.SliceCache) -> dict[str, Any]:
-    """A row of predictions.csv; without probabilities where the model must not be asked."""
+def predict_or_refuse(model: medvit.Model, case: Case, cache: data.SliceCache) -> Prediction | dict[str, Any]:
+    """The prediction, or a row of predictions.csv without probabilities where the model must not be asked."""
     try:
         model.refuse(case)
     except ScanError as error:
         code = str(error.code)
     else:
-        return model.predict_slices(cache.load(case), case).to_row()
+        return model.predict_slices(cache.load(case), case)
     told = ("case_id", "patient_id", "label", "site", "sex", "age", "study_uid", "series_uid")
     empty = dict.fromkeys((f"p_{name}" for name in model.info.classes), "")
     return {name: getattr(case, name) for name in told} | empty | {"flags": code} | dict(case.attributes)
+
+
+def look_into(
+    judged: Sequence[medvit.Judged], settings: EvaluationConfig, display: Display, *, labelled: int, hours: float = 0.0
+) -> evaluation.Further:
+    """What a report says beyond its figures: what the model looked at, how long it takes, what that costs.
+
+    Args:
+        judged: held-out cases as they were predicted.
+        settings: what is asked for, and caps.
+        display: where progress goes.
+        labelled: cases that were labelled for training.
+        hours: of computing that training took.
+    """
+    if not judged:
+        return evaluation.Further()
+    explanation = None
+    if settings.attention is not None:
+        display.start("what it looked at", settings.attention.cases)
+        explanation = evaluation.explain(judged, settings.attention, display.step)
+    latency = evaluation.measure_latency(judged)
+    prices = settings.prices
+    cost = None if prices is None else evaluation.cost_of_ownership(prices, latency, labelled, hours)
+    return evaluation.Further(explanation=explanation, latency=latency, cost=cost)
 
 
 def show_report(report: evaluation.Report) -> None:

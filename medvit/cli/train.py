@@ -10,6 +10,7 @@ import argparse
 import csv
 import math
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime
@@ -17,7 +18,7 @@ from pathlib import Path
 
 from medvit import data, evaluation, training
 from medvit.cli.console import Display, Parser, command
-from medvit.cli.evaluate import show_report
+from medvit.cli.evaluate import look_into, show_report
 from medvit.cli.study import Study, add_label_arguments, prepare, set_aside, show_study
 from medvit.config import GRIDS, Config, load_config, shipped_configs
 from medvit.records import EXIT_DONE, EXIT_QUARANTINE, Case, UsageError
@@ -94,16 +95,21 @@ def train(arguments: argparse.Namespace, config: Config) -> int:
             return EXIT_DONE
         if arguments.sweep:
             experiment = sweep(experiment, folds, arguments.sweep, display)
+        began = time.monotonic()
         result = experiment.run(folds)
+        hours = (time.monotonic() - began) / 3600
         if processes.first():
             write_cases(output / "cases.csv", study.cases, folds)
             evaluation.write_predictions(list(result.predictions), output / "predictions.csv")
+            labelled = sum(case.label is not None for case in study.cases)
+            further = look_into(result.judged, config.evaluation, display, labelled=labelled, hours=hours)
             display.start("report", 0)
             report = evaluation.write_report(
                 evaluation.read_predictions(output / "predictions.csv"),
                 output / "report",
                 config.evaluation,
                 about(study, experiment),
+                further,
             )
             show_result(report, output, result)
     return EXIT_QUARANTINE if set_aside(study) else EXIT_DONE

@@ -1,4 +1,9 @@
 from .calibration import fit_temperature as fit_temperature
+from .decision import cost_of_ownership as cost_of_ownership
+from .decision import measure_gain as measure_gain
+from .decision import measure_latency as measure_latency
+from .explanation import explain as explain
+from .further import Further as Further
 from .metrics import macro_auroc as macro_auroc
 from .metrics import operating_point as operating_point
 from .predictions import read_predictions as read_predictions

@@ -62,7 +62,7 @@ def draw_roc(view: OneVsRest, bootstrap: PatientBootstrap) -> str:
             axes.text(0.5, 0.2, "undefined: one class only", ha="center")
         elif len(view.names) > 1:
             axes.legend(loc="lower right")
-        return _to_svg(figure)
+        return to_svg(figure)
 
 
 def draw_reliability(view: OneVsRest) -> str:
@@ -88,7 +88,7 @@ def draw_reliability(view: OneVsRest) -> str:
         counts.set(xlim=(-0.02, 1.02), xlabel="Predicted probability", ylabel="Cases")
         if len(view.names) > 1:
             axes.legend(loc="upper left")
-        return _to_svg(figure)
+        return to_svg(figure)
 
 
 def draw_scores(frame: pd.DataFrame, thresholds: tuple[float, ...]) -> str:
@@ -98,7 +98,7 @@ def draw_scores(frame: pd.DataFrame, thresholds: tuple[float, ...]) -> str:
     own = len(classes) > 2
     with mpl.rc_context(STYLE):
         described = "Probability given to the true class" if own else f"Probability of {classes[-1]}"
-        figure, axes = _square(_plain(described), "Share of the class")
+        figure, axes = _square(plain(described), "Share of the class")
         for c, name in enumerate(classes):
             score = frame.loc[label == name, f"p_{name if own else classes[-1]}"].to_numpy(dtype=np.float64)
             weights = np.full(len(score), 1 / max(1, len(score)))
@@ -110,14 +110,14 @@ def draw_scores(frame: pd.DataFrame, thresholds: tuple[float, ...]) -> str:
             }
             axes.hist(score, histtype="stepfilled", alpha=0.25, **options)
             axes.hist(
-                score, histtype="step", linewidth=1.5, linestyle=STYLES[c % len(STYLES)], label=_plain(name), **options
+                score, histtype="step", linewidth=1.5, linestyle=STYLES[c % len(STYLES)], label=plain(name), **options
             )
         if 0 < len(thresholds) <= 10:
             axes.vlines(thresholds, 0, 1, transform=axes.get_xaxis_transform(), color=INK, linewidth=1, linestyle=":")
         axes.autoscale(axis="y")
         axes.set_ylim(0, 1.2 * axes.get_ylim()[1])  # room for the legend
         axes.legend(loc="upper center")
-        return _to_svg(figure)
+        return to_svg(figure)
 
 
 def _roc_band(truth: Bools, score: Floats, bootstrap: PatientBootstrap) -> tuple[Floats, Floats]:
@@ -147,12 +147,12 @@ def _colour(index: int) -> str:
     return COLOURS[index % len(COLOURS)]
 
 
-def _plain(name: str) -> str:
+def plain(name: str) -> str:
     """A class name as text: `$` would start a formula, a leading underscore would hide it from the legend."""
     return name.replace("$", r"\$").lstrip("_")
 
 
-def _to_svg(figure: Figure) -> str:
+def to_svg(figure: Figure) -> str:
     """SVG element for an HTML page: scales with its place, inherits the font, names no other host."""
     buffer = io.StringIO()
     nothing = {"Date": None, "Creator": None, "Format": None, "Type": None}

@@ -24,8 +24,8 @@ from medvit.evaluation.faithfulness import (
     random_map,
     summarise,
 )
-from medvit.evaluation.judged import Judged
 from medvit.evaluation.overlays import draw_overlay
+from medvit.inference import Judged
 from medvit.models.attention import watchable
 
 RANDOM_ORDERS = 2

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pandas as pd
@@ -38,15 +38,8 @@ FIGURES: dict[str, Callable[[Question, Floats], Floats]] = {
 
 def measure_figures(view: OneVsRest, bootstrap: PatientBootstrap) -> dict[str, Interval]:
     """Mean over the C one-vs-rest questions of every figure in FIGURES."""
-    questions = [Question(*columns) for columns in zip(view.truth.T, view.called.T, view.score.T, strict=True)]
     names = list(FIGURES)
-
-    def means(weights: Floats) -> Floats:
-        """(D, n) -> (D, figures)."""
-        values = [[FIGURES[name](question, weights) for question in questions] for name in names]
-        return np.asarray(np.mean(values, axis=1).T)
-
-    points, draws = bootstrap.apply(means)
+    points, draws = bootstrap.apply(lambda weights: mean_figures(view, names, weights))
     positive = min(bootstrap.count(truth) for truth in view.truth.T)
     negative = min(bootstrap.count(~truth) for truth in view.truth.T)
     exact = {"auroc": min(positive, negative), "sensitivity": positive, "specificity": negative}
@@ -56,6 +49,13 @@ def measure_figures(view: OneVsRest, bootstrap: PatientBootstrap) -> dict[str, I
         for i, name in enumerate(names)
     }
     return intervals | {k: exact_at_limit(intervals[k], n, bootstrap.confidence) for k, n in exact.items()}
+
+
+def mean_figures(view: OneVsRest, names: Sequence[str], weights: Floats) -> Floats:
+    """Means over questions of some of FIGURES: weights (D, n) -> (D, len(names))."""
+    questions = [Question(*columns) for columns in zip(view.truth.T, view.called.T, view.score.T, strict=True)]
+    values = [[FIGURES[name](question, weights) for question in questions] for name in names]
+    return np.asarray(np.mean(values, axis=1).T)
 
 
 def auroc_within_folds(frame: pd.DataFrame, view: OneVsRest, bootstrap: PatientBootstrap) -> Interval | None:

@@ -1,12 +1,13 @@
 """One self-contained HTML page, and the same numbers as metrics.json.
 
-The page is read from the top: a sentence, four figures, three pictures, then who is served worse, then what these data
-cannot tell. Hospitals are offline: styles and pictures are inline, there is no script and no link. It names groups,
-never patients.
+The page is read from the top: a sentence, three figures, one picture; then the details: how good, for whom, what it
+looked at, what it is worth, and what these data cannot tell. Hospitals are offline: styles and pictures are inline,
+there is no script and no link that leads away. It names groups, never patients.
 """
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 from collections import Counter
@@ -25,6 +26,8 @@ from medvit.evaluation.bootstrap import PatientBootstrap
 from medvit.evaluation.charts import draw_reliability, draw_roc, draw_scores
 from medvit.evaluation.fairness import FairnessTable, Verdict, adjusted, assess_fairness
 from medvit.evaluation.figures import auroc_within_folds, measure_figures
+from medvit.evaluation.forest import draw_groups
+from medvit.evaluation.further import Further
 from medvit.evaluation.metrics import Interval
 from medvit.evaluation.predictions import OneVsRest, check_predictions, class_names, one_vs_rest
 
@@ -96,6 +99,7 @@ def write_report(
     output_dir: str | Path,
     settings: EvaluationConfig,
     about: Mapping[str, str] | None = None,
+    further: Further | None = None,
 ) -> Report:
     """Write report.html, metrics.json and fairness.json into `output_dir`.
 
@@ -104,6 +108,7 @@ def write_report(
         output_dir: made if need be; files of an earlier report are replaced.
         settings: draws, confidence, smallest cell, tolerance, and what groups to compare.
         about: what the reader should know of model and data, shown as a table: {"Model": "...", "Data": "..."}.
+        further: what is known beside the predictions; `metrics.json` has it, too, without pictures.
 
     Raises:
         UsageError: the frame cannot be evaluated.
@@ -117,10 +122,11 @@ def write_report(
     numbers = asdict(report)
     fairness = {"tolerance": settings.tolerance, "min_cell": settings.min_cell, "tables": numbers.pop("fairness")}
     del numbers["path"]
-    for name, content in (("metrics.json", numbers), ("fairness.json", fairness)):
+    further = further or Further()
+    for name, content in (("metrics.json", numbers | further.to_json()), ("fairness.json", fairness)):
         text = json.dumps({"schema_version": SCHEMA_VERSION} | _without_nan(content), indent=2, ensure_ascii=False)
         (folder / name).write_text(text + "\n", encoding="utf-8")
-    report.path.write_text(_render(report, checked, settings, about or {}), encoding="utf-8")
+    report.path.write_text(_render(report, checked, settings, about or {}, further), encoding="utf-8")
     return report
 
 
@@ -185,7 +191,9 @@ def pairs_of(table: FairnessTable) -> dict[tuple[str, str], dict[str, Interval]]
     return found
 
 
-def _render(report: Report, frame: pd.DataFrame, settings: EvaluationConfig, about: Mapping[str, str]) -> str:
+def _render(
+    report: Report, frame: pd.DataFrame, settings: EvaluationConfig, about: Mapping[str, str], further: Further
+) -> str:
     view = one_vs_rest(frame)
     bootstrap = PatientBootstrap(frame["patient_id"].to_numpy(), report.draws, report.confidence, report.seed)
     environment = Environment(
@@ -197,12 +205,15 @@ def _render(report: Report, frame: pd.DataFrame, settings: EvaluationConfig, abo
     )
     environment.filters["title_of"] = title
     environment.filters["pairs_of"] = pairs_of
+    environment.filters["base64"] = lambda data: base64.b64encode(data).decode()
     environment.tests["nan"] = math.isnan
     return environment.get_template("report.html.j2").render(
         report=report,
         about=about,
         settings=settings,
+        further=further,
         paired=PAIRED,
+        groups=Markup(draw_groups(report.fairness)) if report.fairness and len(report.positive) == 1 else None,
         roc=Markup(draw_roc(view, bootstrap)),
         reliability=Markup(draw_reliability(view)),
         scores=Markup(draw_scores(frame, report.thresholds)),

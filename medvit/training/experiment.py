@@ -24,7 +24,7 @@ from medvit.data.cache import SliceCache
 from medvit.data.dataset import CaseDataset, collate
 from medvit.data.pipelines import window_statistics
 from medvit.data.splits import Fold, Indices
-from medvit.inference import Encoder, Model, softmax
+from medvit.inference import Encoder, Judged, Model, softmax
 from medvit.models.backbone import normalisation
 from medvit.models.bundle import BundleInfo, TrainingRange, save_bundle
 from medvit.models.classifier import CtClassifier, build_classifier
@@ -55,21 +55,31 @@ class Judge:
 
 
 class FoldResult(NamedTuple):
-    """Of one fold: test predictions at temperature 1 (`raw`) and as reported, and what was learned."""
+    """Of one fold: test predictions at temperature 1 (`raw`), test cases as reported, and what was learned."""
 
     raw: list[Prediction]
-    predictions: list[Prediction]
+    judged: list[Judged]
     history: History
     model: Model
+
+    @property
+    def predictions(self) -> list[Prediction]:
+        """Of the test cases, as reported."""
+        return [one.prediction for one in self.judged]
 
 
 @dataclass(frozen=True)
 class Result:
-    """Predictions on held-out cases (out of fold, or of the test split), and where the model is."""
+    """Held-out cases (out of fold, or of the test split) as they were predicted, and where the model is."""
 
-    predictions: tuple[Prediction, ...]
+    judged: tuple[Judged, ...]
     bundle: Path
     histories: tuple[History, ...]
+
+    @property
+    def predictions(self) -> tuple[Prediction, ...]:
+        """Of the held-out cases."""
+        return tuple(one.prediction for one in self.judged)
 
 
 class Timing(NamedTuple):
@@ -114,13 +124,13 @@ class Experiment:
         for number, fold in enumerate(folds):
             done.append(self.run_fold(fold, number))
             self._write_metrics([one.history for one in done])
-        predictions = [prediction for one in done for prediction in one.predictions]
+        judged = tuple(case for one in done for case in one.judged)
         histories = tuple(one.history for one in done)
         if len(folds) == 1:
             model = done[0].model
             if len(folds[0].target):
                 found = adaptation.measure(
-                    self.material, model, folds[0], predictions, histories[0], score=self.judge.score
+                    self.material, model, folds[0], done[0].predictions, histories[0], score=self.judge.score
                 )
                 adaptation.write(found, self.folder / "adaptation.json")
         else:
@@ -132,7 +142,7 @@ class Experiment:
         if processes.first():
             save_bundle(self.folder / "bundle", model.encoder.classifier, model.info, model.reference)
         processes.wait()
-        return Result(tuple(predictions), self.folder / "bundle", histories)
+        return Result(judged, self.folder / "bundle", histories)
 
     def run_fold(self, fold: Fold, number: int) -> FoldResult:
         """Train one fold: its validation cases choose epoch, temperature and threshold, its test is predicted once."""
@@ -146,7 +156,11 @@ class Experiment:
             [replace(prediction, fold=number) for prediction in self.material.described(one, fold.test, outputs)]
             for one in (as_it_is, model)
         )
-        return FoldResult(raw, predictions, history, model)
+        judged = [
+            Judged(model, self.cases[index], prediction, self.slices.load)
+            for index, prediction in zip(fold.test, predictions, strict=True)
+        ]
+        return FoldResult(raw, judged, history, model)
 
     def fit_fold(self, fold: Fold, folder: Path, name: str) -> tuple[Model, History]:
         """Train on one fold without a look at its test cases.

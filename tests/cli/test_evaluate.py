@@ -34,6 +34,27 @@ def test_model_on_another_labelled_folder(trained, export, tmp_path):
     assert evaluate.main(arguments) == 3
     assert (tmp_path / "report" / "predictions.csv").is_file()
     assert not list((tmp_path / "report").glob(".cache-*"))
+    numbers = json.loads((tmp_path / "report" / "metrics.json").read_text(encoding="utf-8"))
+    assert numbers["latency"]["cases"] == 4
+    assert "explanation" in numbers
+
+
+def test_pictures_of_patients_can_be_left_out(train_tiny, tmp_path):
+    assert train_tiny(tmp_path / "run", "evaluation.attention=null", "training.stages.0.epochs=1") == 3
+    assert "data:image" not in (tmp_path / "run" / "report" / "report.html").read_text(encoding="utf-8")
+
+
+def test_gain_over_the_present_method_is_named(trained, unfair, tmp_path, capsys):
+    arguments = ["--predictions", str(unfair), "--output", str(tmp_path / "report")]
+    assert evaluate.main([*arguments, "--baseline", f"readers={unfair}"]) == 0
+    gain = json.loads((tmp_path / "report" / "metrics.json").read_text(encoding="utf-8"))["gain"]
+    assert (gain["baseline"], gain["cases"], gain["auroc"]["point"]) == ("readers", 400, 0.0)
+    assert "AUROC over readers" in (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
+    assert evaluate.main([*arguments, "--baseline", str(unfair)]) == 2
+    assert "NAME=CSV" in capsys.readouterr().err
+    run = [str(trained), "--output", str(tmp_path / "other"), "--baseline", f"readers={unfair}"]
+    assert evaluate.main(run) == 2
+    assert "no case_id" in capsys.readouterr().err
 
 
 def test_gate_refuses_what_serves_a_site_worse(unfair, tmp_path):

@@ -56,6 +56,13 @@ def test_metrics_have_one_row_per_epoch(trained):
     assert {"loss", "val_auroc", "val_loss", "lr"} <= set(lines[0])
 
 
+def test_report_tells_what_the_model_looked_at_and_how_long_it_takes(trained):
+    numbers = json.loads((trained / "report" / "metrics.json").read_text(encoding="utf-8"))
+    assert numbers["latency"]["cases"] > 0
+    assert 0 < numbers["explanation"]["cases"] <= numbers["explanation"]["available"]
+    assert "data:image/png" in (trained / "report" / "report.html").read_text(encoding="utf-8")
+
+
 def test_bundle_predicts_what_the_run_wrote(trained, site):
     model = medvit.load_bundle(trained)
     written = {row["series_uid"]: float(row["p_1"]) for row in rows(trained / "predictions.csv")}

@@ -7,8 +7,7 @@ import numpy as np
 import torch
 
 from medvit.config import ModelConfig
-from medvit.evaluation.judged import Judged
-from medvit.inference import Encoder, Model, StudyOutput
+from medvit.inference import Encoder, Judged, Model, StudyOutput
 from medvit.models.bundle import BundleInfo
 from medvit.models.classifier import build_classifier
 from medvit.records import Case, Preprocessing

@@ -7,7 +7,13 @@ import pytest
 import sklearn.metrics
 
 from medvit.config import EvaluationConfig
-from medvit.evaluation.predictions import read_predictions, write_predictions
+from medvit.evaluation.decision import Cost, Latency, measure_gain
+from medvit.evaluation.explanation import Explanation, Picture
+from medvit.evaluation.faithfulness import Faithfulness
+from medvit.evaluation.further import Further
+from medvit.evaluation.metrics import Interval
+from medvit.evaluation.overlays import draw_overlay
+from medvit.evaluation.predictions import check_predictions, read_predictions, write_predictions
 from medvit.evaluation.report import write_report
 
 QUICK = EvaluationConfig(bootstrap=100)
@@ -65,7 +71,24 @@ def test_report_is_accessible(whole):
     assert '<html lang="en">' in html
     assert page.headings[0] == 1
     assert page.headings.count(1) == 1
-    assert html.count("<figcaption>") == html.count("<figure") == html.count("aria-label=") == 3
+    assert html.count("<figcaption>") == html.count("<figure") == len(re.findall("<figure[^>]* aria-label=", html)) == 4
+    drawn = r"#[mp][0-9a-f]{8}"  # matplotlib's own
+    targets = {address[1:] for address in page.addresses if not re.match(drawn, address)}
+    assert {"performance", "fairness", "worth", "limits", "made"} <= targets
+    assert all(f'id="{target}"' in html for target in targets)
+    # what scrolls can be reached with the keyboard
+    assert html.count('class="scroll"') == html.count('class="scroll" tabindex="0"') > 5
+
+
+def test_it_is_read_from_the_top(whole):
+    """Verdict, three figures, one picture; then the details."""
+    *_, html, _ = whole
+    top = html[html.index("<body>") : html.index("<h2")]
+    assert top.index("summary") < top.index('class="cards"') < top.index("<figure")
+    assert top.count('class="card"') == 3
+    assert top.count("<figure") == 1
+    assert "What is it worth?" in html
+    assert html.count("not told") == 3
 
 
 def test_headline_numbers(whole):
@@ -180,3 +203,65 @@ def test_every_pair_of_groups_is_on_the_page(whole):
     *_, html, _ = whole
     for pair in ("North less South", "North less West", "South less West", "F less M"):
         assert pair in html
+
+
+@pytest.fixture(scope="session")
+def looked_into(cohort, tmp_path_factory):
+    """A report with all that a model adds, its maps shown to be better than both rivals, or not."""
+    picture = Picture(
+        case_id="abc",
+        kind="missed",
+        target="bleed",
+        probability=0.2,
+        label="bleed",
+        slice_number=3,
+        slices=9,
+        weight=0.6,
+        png=draw_overlay(np.zeros((32, 32), np.int16), np.eye(4), ("brain",)),
+    )
+
+    def make(low):
+        gradient = Faithfulness(
+            deletion=0.2, insertion=0.8, over_random=Interval(0.3, 0.2, 0.4), over_centre=Interval(0.1, low, 0.2)
+        )
+        explanation = Explanation(
+            maps={"gradient": gradient}, cases=5, available=9, slices=3, seconds=61.0, pictures=(picture,)
+        )
+        latency = Latency(median=0.31, p95=0.9, cases=10, slices=7.5, device="cpu")
+        cost = Cost(currency="CHF", years=5, training=100.0, operation=2000.0, maintenance=30000.0, per_study=1.234)
+        gain = measure_gain(frame, frame.assign(p_bleed=0.5, p_none=0.5), "guessing", QUICK)
+        return Further(explanation=explanation, latency=latency, cost=cost, gain=gain)
+
+    frame = check_predictions(cohort(80))
+    folder = tmp_path_factory.mktemp("looked")
+    return {low: write(frame.copy(), folder / str(low), further=make(low)) for low in (0.05, -0.05)}
+
+
+def test_maps_that_do_better_than_their_rivals_are_shown(looked_into):
+    _, html, text = looked_into[0.05]
+    assert "may be looked at" in html
+    assert "<details><summary>Show the slices" not in html
+    assert "5 of 9 called cases" in html
+    assert Page(html).open == []
+    assert all(address.startswith(("#", "data:image/png;base64,")) for address in Page(html).addresses)
+    numbers = json.loads(text)["explanation"]
+    assert numbers["maps"]["gradient"]["over_centre"]["low"] == 0.05
+    assert "pictures" not in numbers
+
+
+def test_maps_that_do_not_are_not_shown_by_default(looked_into):
+    _, html, _ = looked_into[-0.05]
+    assert "not shown by default" in html
+    hidden = html[html.index("<details><summary>Show the slices") :]
+    assert "data:image/png" in hidden[: hidden.index("</details>")]
+    assert html.count("data:image/png") == 1
+
+
+def test_three_figures_for_a_decision(looked_into):
+    _, html, text = looked_into[0.05]
+    for part in ("AUROC over guessing", "0.31 s", "32,100 CHF", "1.23 per study"):
+        assert part in html
+    numbers = json.loads(text)
+    assert numbers["latency"]["median"] == 0.31
+    assert numbers["cost"]["maintenance"] == 30000.0
+    assert numbers["gain"]["baseline"] == "guessing"

@@ -1,0 +1,161 @@
+"""Is it worth it? Three figures for whoever decides: quality gain over what is done today, latency, cost of ownership.
+
+The gain is paired: both methods judged the same cases, and patients are resampled. Latency is measured on the machine
+at hand. Cost is arithmetic on stated prices: training, operation and maintenance over the years of use; nothing is
+assumed that the configuration does not say.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+from medvit.config import EvaluationConfig, PricesConfig
+from medvit.evaluation.bootstrap import PatientBootstrap, percentile_interval
+from medvit.evaluation.figures import mean_figures
+from medvit.evaluation.metrics import Interval
+from medvit.evaluation.predictions import class_names, one_vs_rest
+from medvit.records import UsageError
+
+if TYPE_CHECKING:  # reports of anybody's predictions start without torch
+    from medvit.inference import Judged
+
+COMPARED = ("auroc", "sensitivity", "specificity")
+
+TIMED = 10
+"""Cases whose prediction is timed, after one to warm up."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gain:
+    """Over a baseline that judged the same cases.
+
+    Attributes:
+        baseline: its name.
+        cases: that both judged, of `patients`.
+        auroc: of the model less that of the baseline; means over classes with more than two.
+        sensitivity: likewise at the two operating points; `specificity` too.
+    """
+
+    baseline: str
+    cases: int
+    patients: int
+    auroc: Interval
+    sensitivity: Interval
+    specificity: Interval
+
+
+@dataclass(frozen=True, kw_only=True)
+class Latency:
+    """Seconds per case from prepared slices to prediction, one case at a time, on `threads` CPU threads or `device`."""
+
+    median: float
+    p95: float
+    cases: int
+    slices: float
+    device: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """Of owning the model for `years`, in `currency`: all three parts, never the price of a study alone."""
+
+    currency: str
+    years: float
+    training: float
+    operation: float
+    maintenance: float
+    per_study: float
+
+    @property
+    def total(self) -> float:
+        """Sum of the parts."""
+        return self.training + self.operation + self.maintenance
+
+
+def measure_gain(frame: pd.DataFrame, baseline: pd.DataFrame, name: str, settings: EvaluationConfig) -> Gain:
+    """Compare two checked predictions frames on the cases they share.
+
+    Args:
+        frame: of the model.
+        baseline: of the present method, with the same classes.
+        name: of the present method.
+        settings: draws and confidence.
+
+    Raises:
+        UsageError: other classes, another label of a case, or no case in common.
+    """
+    if class_names(frame) != class_names(baseline):
+        raise UsageError(
+            f"--baseline {name}: its classes are {', '.join(class_names(baseline))}, those of the model "
+            f"{', '.join(class_names(frame))}. Both need the same p_<class> columns in the same order."
+        )
+    known = set(baseline["case_id"])
+    shared = [case for case in frame["case_id"] if case in known]
+    own, other = (one.set_index("case_id").loc[shared].reset_index() for one in (frame, baseline))
+    if not shared:
+        raise UsageError(f"--baseline {name}: no case_id is in both tables. Give both methods the same case_id.")
+    if (differ := int((own["label"] != other["label"]).sum())) > 0:
+        raise UsageError(f"--baseline {name}: {differ} cases have another label there. Judge both by one reference.")
+    views = one_vs_rest(own), one_vs_rest(other)
+    bootstrap = PatientBootstrap(own["patient_id"].to_numpy(), settings.bootstrap, settings.confidence)
+    points, draws = bootstrap.apply(
+        lambda weights: mean_figures(views[0], COMPARED, weights) - mean_figures(views[1], COMPARED, weights)
+    )
+    patients = own["patient_id"].nunique()
+    intervals = {
+        figure: percentile_interval(float(points[i]), draws[:, i], settings.confidence, patients)
+        for i, figure in enumerate(COMPARED)
+    }
+    return Gain(baseline=name, cases=len(shared), patients=patients, **intervals)
+
+
+def measure_latency(judged: Sequence[Judged]) -> Latency:
+    """Predict a few cases again, one by one, and take the time.
+
+    Raises:
+        ValueError: no case.
+    """
+    if not judged:
+        raise ValueError("latency is measured on cases: there is none")
+    some, seconds = judged[:TIMED], []
+    for one in (some[0], *some):
+        slices = one.load(one.case)
+        began = time.perf_counter()
+        one.model.encoder.study(slices)
+        seconds.append(time.perf_counter() - began)
+    device = next(some[0].model.encoder.classifier.parameters()).device
+    return Latency(
+        median=float(np.median(seconds[1:])),
+        p95=float(np.quantile(seconds[1:], 0.95)),
+        cases=len(some),
+        slices=float(np.mean([len(one.prediction.slice_weights) for one in some])),
+        device=str(device),
+    )
+
+
+def cost_of_ownership(prices: PricesConfig, latency: Latency, labelled_cases: int, training_hours: float) -> Cost:
+    """Training, operation and maintenance over the years of use.
+
+    Training: labelling and computing, once at the beginning and again at every update. Operation: machine time of every
+    study, and what the service costs a year. Maintenance: hours of people.
+    """
+    once = labelled_cases * prices.label_case + training_hours * prices.machine_hour
+    updates = prices.updates_per_year * prices.years
+    studies = prices.studies_per_year * prices.years
+    operation = studies * latency.median / 3600 * prices.machine_hour + prices.service_year * prices.years
+    maintenance = prices.staff_hours_year * prices.years * prices.staff_hour
+    training = once + updates * training_hours * prices.machine_hour
+    return Cost(
+        currency=prices.currency,
+        years=prices.years,
+        training=training,
+        operation=operation,
+        maintenance=maintenance,
+        per_study=(training + operation + maintenance) / studies,
+    )

@@ -1,0 +1,94 @@
+import numpy as np
+import pandas as pd
+import pytest
+import sklearn.metrics
+
+from medvit.config import EvaluationConfig, PricesConfig
+from medvit.evaluation.decision import TIMED, Latency, cost_of_ownership, measure_gain, measure_latency
+from medvit.evaluation.predictions import check_predictions
+from medvit.records import UsageError
+from tests.evaluation.models import judged_cases, small_model
+
+SETTINGS = EvaluationConfig(bootstrap=200)
+ONE_HOUR = Latency(median=3600.0, p95=7200.0, cases=3, slices=5.0, device="cpu")
+
+
+def blurred(frame: pd.DataFrame, share: float, seed: int = 5) -> pd.DataFrame:
+    """The same cases scored with noise."""
+    noise = np.random.default_rng(seed).random(len(frame))
+    score = (1 - share) * frame["p_bleed"] + share * noise
+    return frame.assign(p_bleed=score, p_none=1 - score)
+
+
+def test_gain_is_the_difference_of_both_on_the_same_cases(cohort):
+    frame = cohort(300)
+    other = blurred(frame, 0.6).sample(frac=1, random_state=1)  # the order of rows means nothing
+    gain = measure_gain(check_predictions(frame), check_predictions(other), "readers", SETTINGS)
+    truth = frame["label"] == "bleed"
+    expected = sklearn.metrics.roc_auc_score(truth, frame["p_bleed"]) - sklearn.metrics.roc_auc_score(
+        truth, other.sort_index()["p_bleed"]
+    )
+    assert gain.auroc.point == pytest.approx(expected, abs=1e-12)
+    assert gain.auroc.low > 0
+    assert (gain.baseline, gain.cases, gain.patients) == ("readers", 300, frame["patient_id"].nunique())
+
+
+def test_pairing_makes_a_small_gain_visible(cohort):
+    """Two independent intervals would overlap: what both find hard is the same."""
+    frame = check_predictions(cohort(300))
+    gain = measure_gain(frame, check_predictions(blurred(cohort(300), 0.3)), "readers", SETTINGS)
+    assert gain.auroc.half_width < 0.04
+
+
+def test_a_method_gains_nothing_over_itself(cohort):
+    frame = check_predictions(cohort(100))
+    gain = measure_gain(frame, frame, "itself", SETTINGS)
+    assert gain.auroc.point == gain.sensitivity.point == gain.specificity.point == 0
+
+
+def test_only_shared_cases_count(cohort):
+    frame = check_predictions(cohort(200))
+    gain = measure_gain(frame, check_predictions(blurred(cohort(200), 0.5).iloc[50:]), "readers", SETTINGS)
+    assert gain.cases == 150
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda frame: frame.assign(case_id=[f"other{k}" for k in range(len(frame))]), "no case_id"),
+        (lambda frame: frame.assign(label=frame["label"].iloc[::-1].to_numpy()), "another label"),
+        (lambda frame: frame.rename(columns={"p_bleed": "p_blood"}).replace({"bleed": "blood"}), "classes"),
+    ],
+)
+def test_what_cannot_be_compared_is_told(cohort, change, message):
+    frame = check_predictions(cohort(60))
+    with pytest.raises(UsageError, match=message):
+        measure_gain(frame, check_predictions(change(cohort(60))), "readers", SETTINGS)
+
+
+def test_latency_is_measured_on_cases_one_at_a_time():
+    judged = judged_cases(small_model(), TIMED + 4)
+    found = measure_latency(judged)
+    assert 0 < found.median <= found.p95
+    assert (found.cases, found.slices, found.device) == (TIMED, 4.0, "cpu")
+    with pytest.raises(ValueError, match="none"):
+        measure_latency([])
+
+
+def test_cost_is_all_of_it_and_not_only_that_of_a_study():
+    prices = PricesConfig(
+        years=2,
+        studies_per_year=100,
+        label_case=3,
+        machine_hour=2,
+        updates_per_year=1,
+        service_year=50,
+        staff_hours_year=10,
+        staff_hour=40,
+    )
+    cost = cost_of_ownership(prices, ONE_HOUR, labelled_cases=20, training_hours=5)
+    assert cost.training == 20 * 3 + 5 * 2 + 2 * 5 * 2
+    assert cost.operation == 200 * 2 + 2 * 50  # an hour of the machine for each of 200 studies
+    assert cost.maintenance == 2 * 10 * 40
+    assert cost.total == cost.training + cost.operation + cost.maintenance
+    assert cost.per_study == pytest.approx(cost.total / 200)
