@@ -16,6 +16,7 @@ from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
+import medvit
 from medvit import data, evaluation, training
 from medvit.cli.console import Display, Parser, command
 from medvit.cli.evaluate import look_into, show_report
@@ -101,16 +102,7 @@ def train(arguments: argparse.Namespace, config: Config) -> int:
         if processes.first():
             write_cases(output / "cases.csv", study.cases, folds)
             evaluation.write_predictions(list(result.predictions), output / "predictions.csv")
-            labelled = sum(case.label is not None for case in study.cases)
-            further = look_into(result.judged, config.evaluation, display, labelled=labelled, hours=hours)
-            display.start("report", 0)
-            report = evaluation.write_report(
-                evaluation.read_predictions(output / "predictions.csv"),
-                output / "report",
-                config.evaluation,
-                about(study, experiment),
-                further,
-            )
+            report = write_reports(study, experiment, result, hours, display)
             show_result(report, output, result)
     return EXIT_QUARANTINE if set_aside(study) else EXIT_DONE
 
@@ -194,6 +186,21 @@ def write_cases(path: Path, cases: Sequence[Case], folds: Sequence[data.Fold]) -
             writer.writerow(row)
 
 
+def write_reports(
+    study: Study, experiment: training.Experiment, result: training.Result, hours: float, display: Display
+) -> evaluation.Report:
+    """The report on held-out cases in RUN, and the model card in its bundle."""
+    output, settings, origin = experiment.folder, experiment.config.evaluation, about(study, experiment)
+    labelled = sum(case.label is not None for case in study.cases)
+    further = look_into(result.judged, settings, display, labelled=labelled, hours=hours)
+    display.start("report", 0)
+    frame = evaluation.read_predictions(output / "predictions.csv")
+    report = evaluation.write_report(frame, output / "report", settings, origin, further)
+    info = medvit.load_bundle(result.bundle).info
+    evaluation.write_model_card(result.bundle, info, study.cases, report, origin)
+    return report
+
+
 def about(study: Study, experiment: training.Experiment) -> dict[str, str]:
     """What the report says about its origin."""
     config = experiment.config
@@ -213,7 +220,8 @@ def about(study: Study, experiment: training.Experiment) -> dict[str, str]:
 def show_result(report: evaluation.Report, output: Path, result: training.Result) -> None:
     """The figures, and where everything is."""
     show_report(report)
-    print(f"model        {result.bundle}\npredictions  {output / 'predictions.csv'}")
+    card = result.bundle / "model_card.md"
+    print(f"model        {result.bundle}\nmodel card   {card}\npredictions  {output / 'predictions.csv'}")
 
 
 if __name__ == "__main__":  # torchrun -m

@@ -6,6 +6,7 @@ from .explanation import explain as explain
 from .further import Further as Further
 from .metrics import macro_auroc as macro_auroc
 from .metrics import operating_point as operating_point
+from .model_card import write_model_card as write_model_card
 from .predictions import read_predictions as read_predictions
 from .predictions import write_predictions as write_predictions
 from .report import Report as Report

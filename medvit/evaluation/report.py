@@ -124,7 +124,7 @@ def write_report(
     del numbers["path"]
     further = further or Further()
     for name, content in (("metrics.json", numbers | further.to_json()), ("fairness.json", fairness)):
-        text = json.dumps({"schema_version": SCHEMA_VERSION} | _without_nan(content), indent=2, ensure_ascii=False)
+        text = json.dumps({"schema_version": SCHEMA_VERSION} | without_nan(content), indent=2, ensure_ascii=False)
         (folder / name).write_text(text + "\n", encoding="utf-8")
     report.path.write_text(_render(report, checked, settings, about or {}, further), encoding="utf-8")
     return report
@@ -220,13 +220,13 @@ def _render(
     )
 
 
-def _without_nan(value: Any) -> Any:
+def without_nan(value: Any) -> Any:
     """JSON has no NaN: undefined becomes null."""
     match value:
         case dict():
-            return {key: _without_nan(item) for key, item in value.items()}
+            return {key: without_nan(item) for key, item in value.items()}
         case list() | tuple():
-            return [_without_nan(item) for item in value]
+            return [without_nan(item) for item in value]
         case float() if math.isnan(value):
             return None
         case _:

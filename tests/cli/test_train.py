@@ -63,6 +63,14 @@ def test_report_tells_what_the_model_looked_at_and_how_long_it_takes(trained):
     assert "data:image/png" in (trained / "report" / "report.html").read_text(encoding="utf-8")
 
 
+def test_the_model_card_travels_with_the_bundle(trained):
+    card = json.loads((trained / "bundle" / "model_card.json").read_text(encoding="utf-8"))
+    assert card["model"]["weights_sha256"] == medvit.load_bundle(trained).info.weights_sha256
+    assert card["data"]["cases"] == len(rows(trained / "cases.csv"))
+    assert card["evaluation"]["cases"] == len(rows(trained / "predictions.csv"))
+    assert "FILL IN" in (trained / "bundle" / "model_card.md").read_text(encoding="utf-8")
+
+
 def test_bundle_predicts_what_the_run_wrote(trained, site):
     model = medvit.load_bundle(trained)
     written = {row["series_uid"]: float(row["p_1"]) for row in rows(trained / "predictions.csv")}
