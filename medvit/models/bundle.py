@@ -24,7 +24,7 @@ from medvit.records import Preprocessing, UsageError
 
 SCHEMA_VERSION = 1
 WEIGHTS_FILE, REFERENCE_FILE, MANIFEST_FILE = "model.safetensors", "reference.safetensors", "bundle.json"
-REFERENCE_ARRAYS = ("mean", "precision", "known")
+REFERENCE_ARRAYS = ("mean", "precision", "known", "sample")
 
 
 class TrainingRange(BaseModel):

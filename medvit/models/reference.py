@@ -10,7 +10,8 @@ most `share` are flagged by chance.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -23,6 +24,9 @@ Kind = Literal["mahalanobis", "knn"]
 
 KEPT = 2000
 """Features of the nearest-neighbour detector that travel in the bundle, at most."""
+
+SAMPLED = 500
+"""Patients whose features travel in the bundle for comparing whole batches with them, at most."""
 
 FLAG = "OUT_OF_DISTRIBUTION"
 """In `Prediction.flags`: what the model says of this case should not be relied on."""
@@ -38,6 +42,9 @@ class Reference:
         precision: (D, D) inverse of their covariance; for nearest neighbours (D,) of their standard deviations.
         known: (N, D) standardised features for nearest neighbours; empty for Mahalanobis.
         threshold: a larger score is flagged; infinite where there were too few reference cases to tell.
+        sample: (M, D) features, one case per patient, that a batch of new cases can be compared with
+            (`medvit.evaluation.drift`). Of cases that the model did not learn from: those it learned look unlike any
+            others. Empty where there are none.
     """
 
     kind: Kind
@@ -45,6 +52,7 @@ class Reference:
     precision: npt.NDArray[np.float32]
     known: npt.NDArray[np.float32]
     threshold: float = math.inf
+    sample: npt.NDArray[np.float32] = field(default_factory=lambda: np.zeros((0, 0), np.float32))
 
     def score(self, features: npt.NDArray[np.floating]) -> Floats:
         """Distance (N,) of features (N, D), in standard deviations (root mean square over features).
@@ -75,6 +83,18 @@ def know(features: npt.NDArray[np.floating], kind: Kind = "mahalanobis", seed: i
     precision = (1 / np.maximum(values.std(axis=0), 1e-6)).astype(np.float32)
     kept = values[np.random.default_rng(seed).permutation(len(values))[:KEPT]]
     return Reference(kind, mean, precision, ((kept - mean) * precision).astype(np.float32))
+
+
+def one_per_patient(
+    features: npt.NDArray[np.floating], patients: Sequence[str], seed: int = 0
+) -> npt.NDArray[np.float32]:
+    """The first case of each patient, of SAMPLED patients at most: (N, D), (N,) -> (M, D).
+
+    Cases of one patient resemble each other: a test that counts each of them would find a shift in every batch.
+    """
+    _, first = np.unique(np.asarray(patients, dtype=str), return_index=True)
+    chosen = np.random.default_rng(seed).permutation(np.sort(first))[:SAMPLED]
+    return np.asarray(features[chosen], np.float32)
 
 
 def conformal_threshold(scores: npt.ArrayLike, share: float = 0.05) -> float:

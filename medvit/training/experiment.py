@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from medvit import __version__
@@ -28,7 +29,7 @@ from medvit.inference import Encoder, Judged, Model, softmax
 from medvit.models.backbone import normalisation
 from medvit.models.bundle import BundleInfo, TrainingRange, save_bundle
 from medvit.models.classifier import CtClassifier, build_classifier
-from medvit.models.reference import conformal_threshold, know
+from medvit.models.reference import conformal_threshold, know, one_per_patient
 from medvit.models.weights import WeightReport
 from medvit.objectives import OBJECTIVES, Objective, Task
 from medvit.records import Case, Prediction, UsageError
@@ -136,7 +137,10 @@ class Experiment:
         else:
             epochs = max(1, round(statistics.median(history.best_epoch for history in histories)))
             model = self.refit(epochs).with_views(self.config.inference.tta)
-            model = self._knowing(model, np.arange(len(self.cases)))
+            everyone = np.arange(len(self.cases))
+            model = self._knowing(model, everyone)
+            if self.material.frozen:  # else every case was learned from
+                model = self._sampled(model, everyone, self.material.pooled(model, everyone))
             raw = [prediction for one in done for prediction in one.raw]
             model = self._decided(model, raw)
         if processes.first():
@@ -150,8 +154,9 @@ class Experiment:
         model, history = self.fit_fold(fold, self.folder / "checkpoints" / f"fold{number}", name)
         model = model.with_views(self.config.inference.tta)  # epochs were chosen without
         model = self._knowing(model, np.concatenate([fold.train, fold.target]))
-        validation, outputs = self.material.predict(model, fold.val), self.material.outputs(model, fold.test)
-        as_it_is, model = model, self._decided(model, validation)
+        validation, outputs = (self.material.outputs(model, chosen) for chosen in (fold.val, fold.test))
+        model = self._sampled(model, fold.val, np.stack([output.pooled for _, output in validation]))
+        as_it_is, model = model, self._decided(model, self.material.described(model, fold.val, validation))
         raw, predictions = (
             [replace(prediction, fold=number) for prediction in self.material.described(one, fold.test, outputs)]
             for one in (as_it_is, model)
@@ -308,6 +313,13 @@ class Experiment:
         if kind is None or len(cases) < 2:
             return model
         return replace(model, reference=know(self.material.pooled(model, cases), kind))
+
+    def _sampled(self, model: Model, cases: Indices, pooled: npt.NDArray[np.float32]) -> Model:
+        """With the features of these cases to compare batches of new cases with."""
+        if model.reference is None or not len(cases):
+            return model
+        sample = one_per_patient(pooled, [self.cases[index].patient_id for index in cases])
+        return replace(model, reference=replace(model.reference, sample=sample))
 
     def _decided(self, model: Model, predictions: Sequence[Prediction]) -> Model:
         """With all that predictions at temperature 1, of cases that it did not learn from, decide.
