@@ -235,6 +235,16 @@ class PricesConfig(_Section):
     staff_hour: float = Field(0.0, ge=0, description="price of such an hour")
 
 
+class RobustnessConfig(_Section):
+    """How AUROC changes with noise, kernel, drift, thickness, metal, motion and attacks."""
+
+    minutes: float = Field(
+        2.0, gt=0, description="time for all curves together; each takes as many cases as fit into its share"
+    )
+    cases: int = Field(60, ge=1, description="most cases of a curve")
+    seed: int = Field(0, ge=0, description="of the choice of cases and of the noise")
+
+
 class EvaluationConfig(_Section):
     """Report."""
 
@@ -257,6 +267,9 @@ class EvaluationConfig(_Section):
         AttentionConfig(), description="what the model looked at, with slices of patients; null: no maps, no pictures"
     )
     prices: PricesConfig | None = Field(None, description="for the cost of ownership; null: it is not told")
+    robustness: RobustnessConfig | None = Field(
+        RobustnessConfig(), description="predictions on pictures made worse; null: none"
+    )
 
 
 class Config(_Section):

@@ -1,0 +1,260 @@
+"""How predictions hold when pictures get worse: AUROC against the severity of each corruption and attack.
+
+A case is judged by the model that never learned from it, through the product's own path, without test-time
+augmentation, once clean and once at every severity. What counts is the paired change: the same cases, the same patients
+in every resample. Time is fixed beforehand: each curve gets an equal share of what is left, the cheap ones first, and
+takes as many cases as fit, in one order for all curves: random, patients before second cases, labels in turn.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from medvit.config import EvaluationConfig, RobustnessConfig
+from medvit.evaluation.attacks import ATTACKS, Attack
+from medvit.evaluation.bootstrap import PatientBootstrap
+from medvit.evaluation.metrics import Interval
+from medvit.evaluation.paired import Level, Scores, measure_level
+from medvit.evaluation.physics import CORRUPTIONS, Corruption, Slices, corrupt, draws
+from medvit.inference import Model
+from medvit.records import Case, Prediction, ScanError, UsageError
+
+STRESSES: dict[str, Corruption | Attack] = {**CORRUPTIONS, **ATTACKS}
+"""Name -> what is tried, in this order."""
+
+LEAST_CASES = 12
+"""A curve of fewer says nothing: it is not begun when the time would not do for so many (or all, where fewer exist)."""
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A labelled case, and the model that judges it.
+
+    Attributes:
+        model: one that did not learn from it.
+        case: with its label.
+        load: -> int16 HU (Z, size, size), as prepared for the model.
+        fold: pairs of one fold are compared only: scores of different models are not.
+    """
+
+    model: Model
+    case: Case
+    load: Callable[[], Slices]
+    fold: int = 0
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What one corruption or attack does, by severity.
+
+    Attributes:
+        name: of `STRESSES`.
+        unit: of the severities; `imitates` says what it stands for.
+        cases: that it was measured on, of so many `patients`.
+        seconds: that it took.
+        clean: AUROC of the same cases as they are.
+        levels: in the order of severities.
+    """
+
+    name: str
+    unit: str
+    imitates: str
+    cases: int
+    patients: int
+    seconds: float
+    clean: Interval
+    levels: tuple[Level, ...]
+
+
+@dataclass(frozen=True)
+class NotMeasured:
+    """A corruption or attack without a curve, and why."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Robustness:
+    """All curves, and what they cost.
+
+    Attributes:
+        curves: measured.
+        not_measured: the others.
+        available: labelled cases that the models judge; they would not judge `refused` more.
+        case_cap: most cases of a curve.
+        minutes: time cap; `seconds` were used.
+        seed: of the choice of cases and of all draws.
+        draws: of the patient bootstrap, with `confidence`.
+    """
+
+    curves: tuple[Curve, ...]
+    not_measured: tuple[NotMeasured, ...]
+    available: int
+    refused: int
+    case_cap: int
+    minutes: float
+    seconds: float
+    seed: int
+    draws: int
+    confidence: float
+
+    @property
+    def extent(self) -> str:
+        """On how much it rests, in a sentence or two."""
+        counts = sorted({curve.cases for curve in self.curves})
+        used = " to ".join(str(count) for count in dict.fromkeys([counts[0], counts[-1]])) if counts else "none"
+        return (
+            f"Measured on {used} of {self.available} labelled cases (at most {self.case_cap}) in {self.seconds:.0f} s "
+            f"(at most {self.minutes:g} minutes, and what was begun is finished), without test-time augmentation."
+        )
+
+
+def measure_robustness(
+    judged: Iterable[Judged], settings: EvaluationConfig, progress: Callable[[str], None] = lambda _: None
+) -> Robustness:
+    """Measure a curve for each of `STRESSES` that applies and fits into the time.
+
+    Args:
+        judged: cases; those without a label are left out.
+        settings: caps and seed, draws and confidence.
+        progress: called with the name of each of `STRESSES` when it is done.
+
+    Raises:
+        UsageError: `evaluation.robustness` is null.
+    """
+    if settings.robustness is None:
+        raise UsageError("evaluation.robustness is null: give its settings, or do not measure robustness.")
+    limits, began = settings.robustness, time.monotonic()
+    labelled = [one for one in judged if one.case.label in one.model.info.classes]
+    willing = [one for one in labelled if not _refused(one)]
+    study = _Study(in_order(willing, limits.seed)[: limits.cases], settings, limits)
+    outcomes: list[Curve | NotMeasured] = []
+    for number, name in enumerate(STRESSES):
+        left = 60 * limits.minutes - (time.monotonic() - began)
+        outcomes.append(study.measure(name, left / (len(STRESSES) - number)))
+        progress(name)
+    return Robustness(
+        curves=tuple(one for one in outcomes if isinstance(one, Curve)),
+        not_measured=tuple(one for one in outcomes if isinstance(one, NotMeasured)),
+        available=len(willing),
+        refused=len(labelled) - len(willing),
+        case_cap=limits.cases,
+        minutes=limits.minutes,
+        seconds=time.monotonic() - began,
+        seed=limits.seed,
+        draws=settings.bootstrap,
+        confidence=settings.confidence,
+    )
+
+
+def in_order(judged: Sequence[Judged], seed: int) -> list[Judged]:
+    """Random, but no second case of a patient before all others have one, and labels in turn: any beginning will do."""
+    shuffled = [judged[index] for index in np.random.default_rng(seed).permutation(len(judged))]
+    by_patient = _in_turn(shuffled, [one.case.patient_id for one in shuffled])
+    return _in_turn(by_patient, [one.case.label for one in by_patient])
+
+
+def _in_turn(judged: Sequence[Judged], keys: Sequence[Hashable]) -> list[Judged]:
+    """The first of each key, the second of each, and so on."""
+    seen: Counter[Hashable] = Counter()
+    turns = []
+    for key in keys:
+        turns.append(seen[key])
+        seen[key] += 1
+    return [judged[index] for index in np.argsort(turns, kind="stable")]
+
+
+def why_not(name: str, model: Model, depth: int) -> str:
+    """Why a corruption or attack cannot be had of a case of `depth` slices; empty where it can."""
+    if name in ATTACKS and model.preprocessing.clahe is not None:
+        return "CLAHE counts pixels and has no gradient"
+    if name in CORRUPTIONS and CORRUPTIONS[name].across_slices and depth == 1:
+        return "a case of one slice has no neighbouring slices"
+    return ""
+
+
+@dataclass
+class _Study:
+    """The chosen cases, in order, with their clean predictions as far as they were needed."""
+
+    cases: Sequence[Judged]
+    settings: EvaluationConfig
+    limits: RobustnessConfig
+    clean: dict[str, Prediction] = field(default_factory=dict)
+
+    def measure(self, name: str, share: float) -> Curve | NotMeasured:
+        """The curve of as many cases as fit into `share` seconds."""
+        began, least = time.monotonic(), min(LEAST_CASES, len(self.cases))
+        rows: list[tuple[Judged, list[Prediction]]] = []
+        reasons = {"there is no labelled case"} if not self.cases else set[str]()
+        for one in self.cases:
+            slices = one.load()
+            if reason := why_not(name, one.model, len(slices)):
+                reasons.add(reason)
+                continue
+            rows.append((one, self._predictions(one, slices, name)))
+            each = (time.monotonic() - began) / len(rows)
+            if len(rows) == 1 and each * least > share:
+                return NotMeasured(
+                    name, f"{least} cases take {each * least:.0f} s, and {max(0, share):.0f} s were left"
+                )
+            if len(rows) >= least and each * (len(rows) + 1) > share:
+                break
+        if not rows:
+            return NotMeasured(name, "; ".join(sorted(reasons)))
+        return self._curve(name, rows, time.monotonic() - began)
+
+    def _predictions(self, one: Judged, slices: Slices, name: str) -> list[Prediction]:
+        """Clean, and at each severity."""
+        model = one.model.with_views(None)
+        if one.case.case_id not in self.clean:
+            self.clean[one.case.case_id] = model.predict_slices(slices, one.case)
+        shown = (worsened(one, slices, name, severity, self.limits.seed) for severity in STRESSES[name].severities)
+        return [self.clean[one.case.case_id], *(model.predict_slices(some, one.case) for some in shown)]
+
+    def _curve(self, name: str, rows: Sequence[tuple[Judged, list[Prediction]]], seconds: float) -> Curve:
+        patients = np.array([one.case.patient_id for one, _ in rows])
+        folds = np.array([one.fold for one, _ in rows])
+        bootstrap = PatientBootstrap(patients, self.settings.bootstrap, self.settings.confidence, self.limits.seed)
+        clean, *worse = zip(*(predictions for _, predictions in rows), strict=True)
+        stress = STRESSES[name]
+        return Curve(
+            name,
+            stress.unit,
+            stress.imitates,
+            cases=len(rows),
+            patients=len(set(patients)),
+            seconds=seconds,
+            clean=Scores(clean, folds).auroc(bootstrap),
+            levels=tuple(
+                measure_level(severity, Scores(clean, folds), Scores(some, folds), bootstrap)
+                for severity, some in zip(stress.severities, worse, strict=True)
+            ),
+        )
+
+
+def worsened(one: Judged, slices: Slices, name: str, severity: float, seed: int) -> Slices:
+    """The slices (S, size, size) that a prediction looks at, of (Z, size, size), after a corruption or an attack."""
+    model, rng = one.model, draws(seed, one.case.case_id)
+    chosen = model.encoder.choose(len(slices))
+    windows = model.preprocessing.windows
+    if name in ATTACKS:
+        truth = model.info.classes.index(str(one.case.label))
+        return ATTACKS[name].apply(model.encoder, slices[chosen], truth, severity, rng)
+    if CORRUPTIONS[name].across_slices:
+        return corrupt(name, slices, severity, rng, windows)[chosen]
+    return corrupt(name, slices[chosen], severity, rng, windows)
+
+
+def _refused(one: Judged) -> bool:
+    try:
+        one.model.refuse(one.case)
+    except ScanError:
+        return True
+    return False
