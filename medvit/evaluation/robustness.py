@@ -18,8 +18,7 @@ import numpy as np
 from medvit.config import EvaluationConfig, RobustnessConfig
 from medvit.evaluation.attacks import ATTACKS, Attack
 from medvit.evaluation.bootstrap import PatientBootstrap
-from medvit.evaluation.metrics import Interval
-from medvit.evaluation.paired import Level, Scores, measure_level
+from medvit.evaluation.curves import Curve, NotMeasured, Robustness, Scores, measure_level
 from medvit.evaluation.physics import CORRUPTIONS, Corruption, Slices, corrupt, draws
 from medvit.inference import Model
 from medvit.records import Case, Prediction, ScanError, UsageError
@@ -46,73 +45,6 @@ class Judged:
     case: Case
     load: Callable[[], Slices]
     fold: int = 0
-
-
-@dataclass(frozen=True)
-class Curve:
-    """What one corruption or attack does, by severity.
-
-    Attributes:
-        name: of `STRESSES`.
-        unit: of the severities; `imitates` says what it stands for.
-        cases: that it was measured on, of so many `patients`.
-        seconds: that it took.
-        clean: AUROC of the same cases as they are.
-        levels: in the order of severities.
-    """
-
-    name: str
-    unit: str
-    imitates: str
-    cases: int
-    patients: int
-    seconds: float
-    clean: Interval
-    levels: tuple[Level, ...]
-
-
-@dataclass(frozen=True)
-class NotMeasured:
-    """A corruption or attack without a curve, and why."""
-
-    name: str
-    reason: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Robustness:
-    """All curves, and what they cost.
-
-    Attributes:
-        curves: measured.
-        not_measured: the others.
-        available: labelled cases that the models judge; they would not judge `refused` more.
-        case_cap: most cases of a curve.
-        minutes: time cap; `seconds` were used.
-        seed: of the choice of cases and of all draws.
-        draws: of the patient bootstrap, with `confidence`.
-    """
-
-    curves: tuple[Curve, ...]
-    not_measured: tuple[NotMeasured, ...]
-    available: int
-    refused: int
-    case_cap: int
-    minutes: float
-    seconds: float
-    seed: int
-    draws: int
-    confidence: float
-
-    @property
-    def extent(self) -> str:
-        """On how much it rests, in a sentence or two."""
-        counts = sorted({curve.cases for curve in self.curves})
-        used = " to ".join(str(count) for count in dict.fromkeys([counts[0], counts[-1]])) if counts else "none"
-        return (
-            f"Measured on {used} of {self.available} labelled cases (at most {self.case_cap}) in {self.seconds:.0f} s "
-            f"(at most {self.minutes:g} minutes, and what was begun is finished), without test-time augmentation."
-        )
 
 
 def measure_robustness(

@@ -1,4 +1,7 @@
-"""What becomes of predictions when the same cases look otherwise: AUROC and its paired change, probability, calls."""
+"""Curves of robustness: what becomes of AUROC, probabilities and calls when the same cases look otherwise.
+
+Records and arithmetic without torch: a report draws what `medvit.evaluation.robustness` has measured.
+"""
 
 from __future__ import annotations
 
@@ -30,6 +33,73 @@ class Level:
     change: Interval
     moved: float
     flipped: float
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What one corruption or attack does, by severity.
+
+    Attributes:
+        name: of `robustness.STRESSES`.
+        unit: of the severities; `imitates` says what it stands for.
+        cases: that it was measured on, of so many `patients`.
+        seconds: that it took.
+        clean: AUROC of the same cases as they are.
+        levels: in the order of severities.
+    """
+
+    name: str
+    unit: str
+    imitates: str
+    cases: int
+    patients: int
+    seconds: float
+    clean: Interval
+    levels: tuple[Level, ...]
+
+
+@dataclass(frozen=True)
+class NotMeasured:
+    """A corruption or attack without a curve, and why."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Robustness:
+    """All curves, and what they cost.
+
+    Attributes:
+        curves: measured.
+        not_measured: the others.
+        available: labelled cases that the models judge; they would not judge `refused` more.
+        case_cap: most cases of a curve.
+        minutes: time cap; `seconds` were used.
+        seed: of the choice of cases and of all draws.
+        draws: of the patient bootstrap, with `confidence`.
+    """
+
+    curves: tuple[Curve, ...]
+    not_measured: tuple[NotMeasured, ...]
+    available: int
+    refused: int
+    case_cap: int
+    minutes: float
+    seconds: float
+    seed: int
+    draws: int
+    confidence: float
+
+    @property
+    def extent(self) -> str:
+        """On how much it rests, in a sentence or two."""
+        counts = sorted({curve.cases for curve in self.curves})
+        used = " to ".join(str(count) for count in dict.fromkeys([counts[0], counts[-1]])) if counts else "none"
+        return (
+            f"Measured on {used} of {self.available} labelled cases (at most {self.case_cap}) in {self.seconds:.0f} s "
+            f"(at most {self.minutes:g} minutes, and what was begun is finished), without test-time augmentation."
+        )
 
 
 class Scores:
