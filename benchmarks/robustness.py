@@ -95,7 +95,7 @@ def beyond_fgsm(judged: Sequence[Judged], epsilon: float) -> float:
         shown = worsened(one, one.load(), name, epsilon, 0)
         return one.model.predict_slices(shown, one.case).probabilities[str(one.case.label)]
 
-    return float(np.mean([probable(one, "fgsm") - probable(one, "pgd") for one in judged]))
+    return float(np.mean([probable(one, "FGSM") - probable(one, "PGD") for one in judged]))
 
 
 def _seconds(work: Callable[[], object]) -> float:

@@ -62,6 +62,8 @@ def get(config, key):
         ("model.weights=none", "none"),
         ("model.options={depth: 4}", {"depth": 4}),
         ("evaluation.sensitivity=0.9", 0.9),
+        ("evaluation.robustness.minutes=0.5", 0.5),
+        ("evaluation.robustness=null", None),
     ],
 )
 def test_overrides_are_read_as_yaml(empty, override, value):

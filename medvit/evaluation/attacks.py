@@ -79,8 +79,8 @@ def pgd(
 
 
 ATTACKS: dict[str, Attack] = {
-    "fgsm": Attack(fgsm, (1, 2, 5, 10), "HU", "the worst change of this size, in one step"),
-    "pgd": Attack(pgd, (1, 2, 5, 10), "HU", f"the worst change of this size, in {PGD_STEPS} steps"),
+    "FGSM": Attack(fgsm, (1, 2, 5, 10), "HU", "the worst change of this size, in one step"),
+    "PGD": Attack(pgd, (1, 2, 5, 10), "HU", f"the worst change of this size, in {PGD_STEPS} steps"),
 }
 """Name -> how, how much, and what it is."""
 

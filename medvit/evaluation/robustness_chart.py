@@ -48,7 +48,7 @@ def _draw(panel: Axes, curve: Curve) -> None:
     panel.plot(severities[order], points[order], "o-", color=COLOURS[0], linewidth=1.6, markersize=4, mec="white")
     panel.set_title(f"{curve.name}, {curve.cases} cases", fontsize=9)
     panel.set_xlabel(curve.unit)
-    panel.set_xticks(severities)
+    panel.locator_params(axis="x", nbins=5)
 
 
 def _limits(measured: Robustness) -> tuple[float, float]:

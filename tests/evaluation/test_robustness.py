@@ -101,7 +101,7 @@ def measured(judged) -> Robustness:
 @pytest.fixture
 def few(monkeypatch) -> list[str]:
     """Only these, where it does not matter which."""
-    names = ["dose", "thicker", "white", "fgsm", "pgd"]
+    names = ["dose", "thicker", "white", "FGSM", "PGD"]
     monkeypatch.setattr(robustness, "STRESSES", {name: STRESSES[name] for name in names})
     return names
 
@@ -277,7 +277,7 @@ def test_a_curve_that_does_not_fit_is_not_begun_and_says_so(clock, few):
         "12 cases take 120 s, and 35 s were left"
     }
     assert clock[0] <= len(few) * 35
-    assert curve(found, "pgd").cases >= 12  # what others left was enough for the last
+    assert curve(found, "PGD").cases >= 12  # what others left was enough for the last
 
 
 def test_nothing_to_judge(clock):
