@@ -256,28 +256,27 @@ def slow(judged: list[Judged], clock: list[float], seconds: float) -> list[Judge
     return [dataclasses.replace(one, load=lambda one=one: load(one)) for one in judged]
 
 
-def test_as_many_cases_as_fit_into_the_time(clock, few):
-    limits = settings(minutes=len(few) * 14 / 60)
-    found = measure_robustness(slow(cohort(40), clock, 1.0), limits)
-    assert {one.cases for one in found.curves} == {14}
-    assert found.seconds == clock[0] == 60 * limits.robustness.minutes
-    assert "14 of 40 labelled cases (at most 60) in" in found.extent
+def test_as_many_cases_as_fit_into_each_share_of_the_time(clock, few):
+    limits = settings(minutes=(3 + 2 + 8) * 12 / 60)
+    found = measure_robustness(slow(cohort(30), clock, 1.0), limits)
+    assert {one.name: one.cases for one in found.curves} == dict.fromkeys(few, 12) | {"FGSM": 24, "PGD": 30}
+    assert found.seconds == clock[0] < 60 * limits.robustness.minutes
+    assert "12 to 30 of 30 labelled cases (at most 60) in" in found.extent
 
 
 def test_a_case_cap_leaves_time_to_the_others(clock, few):
-    judged = cohort(40)
-    found = measure_robustness(slow(judged, clock, 1.0), settings(minutes=10, cases=7))
+    found = measure_robustness(slow(cohort(20), clock, 1.0), settings(minutes=10, cases=7))
     assert {one.cases for one in found.curves} == {7}
     assert found.case_cap == 7
 
 
 def test_a_curve_that_does_not_fit_is_not_begun_and_says_so(clock, few):
-    found = measure_robustness(slow(cohort(40), clock, 10.0), settings(minutes=len(few) * 35 / 60))
+    found = measure_robustness(slow(cohort(20), clock, 10.0), settings(minutes=13 * 35 / 60))
     assert {one.reason for one in found.not_measured if one.name == "dose"} == {
         "12 cases take 120 s, and 35 s were left"
     }
-    assert clock[0] <= len(few) * 35
-    assert curve(found, "PGD").cases >= 12  # what others left was enough for the last
+    assert clock[0] <= 13 * 35
+    assert curve(found, "PGD").cases >= 12
 
 
 def test_nothing_to_judge(clock):
