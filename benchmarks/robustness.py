@@ -30,8 +30,9 @@ from medvit import data, evaluation, io, training
 from medvit.config import EvaluationConfig, RobustnessConfig, load_config
 from medvit.evaluation.curves import Curve, Robustness
 from medvit.evaluation.physics import CORRUPTIONS, corrupt, draws
-from medvit.evaluation.robustness import STRESSES, Judged, in_order, measure_robustness, worsened
+from medvit.evaluation.robustness import STRESSES, in_order, measure_robustness, worsened
 from medvit.evaluation.robustness_chart import draw_robustness
+from medvit.inference import Judged
 from medvit.io import phantom
 
 COSTED, EPSILONS = 6, (1.0, 5.0)
@@ -56,8 +57,7 @@ def judged_cases(shared: Path, folder: Path) -> list[Judged]:
     experiment = training.Experiment(config, cases, manifest.classes, slices, folder / "run", judge)
     judged = []
     for number, fold in enumerate(data.make_folds(cases, config.data, config.training.seed)):
-        model = experiment.run_fold(fold, number).model
-        judged += [Judged(model, cases[i], partial(slices.load, cases[i]), number) for i in fold.test]
+        judged += experiment.run_fold(fold, number).judged
     return judged
 
 
@@ -80,7 +80,7 @@ def costs(judged: Sequence[Judged]) -> dict[str, float]:
     """Seconds to make one picture at the strongest of each, in clean predictions of the same cases."""
     seconds = defaultdict[str, float](float)
     for one in judged:
-        slices = one.load()
+        slices = one.load(one.case)
         seconds["clean"] += _seconds(partial(one.model.predict_slices, slices, one.case))
         for name, stress in STRESSES.items():
             seconds[name] += _seconds(partial(worsened, one, slices, name, stress.severities[-1], 0))
@@ -92,7 +92,7 @@ def beyond_fgsm(judged: Sequence[Judged], epsilon: float) -> float:
     """How much less probable the true class is after PGD than after FGSM, mean over the same cases."""
 
     def probable(one: Judged, name: str) -> float:
-        shown = worsened(one, one.load(), name, epsilon, 0)
+        shown = worsened(one, one.load(one.case), name, epsilon, 0)
         return one.model.predict_slices(shown, one.case).probabilities[str(one.case.label)]
 
     return float(np.mean([probable(one, "FGSM") - probable(one, "PGD") for one in judged]))

@@ -74,7 +74,7 @@ class Encoder:
     def encode(self, slices: Slices, view: View = AS_IT_IS) -> Floats:
         """int16 HU (S, size, size) -> features (S, D), as a view shows them."""
         backbone = self.classifier.backbone
-        device = next(backbone.parameters()).device
+        device = next(self.classifier.parameters()).device
         chunks: list[Tensor] = []
         with torch.inference_mode(), self.judging():
             for start in range(0, len(slices), self.batch_slices):
@@ -91,13 +91,17 @@ class Encoder:
 
     @contextmanager
     def judging(self) -> Iterator[None]:
-        """The classifier in evaluation mode, and afterwards as it was."""
-        was_training = self.classifier.training
-        self.classifier.eval()
+        """The classifier in evaluation mode, its weights without gradient; afterwards as it was, module by module."""
+        modes = [(module, module.training) for module in self.classifier.modules()]
+        learning = [parameter for parameter in self.classifier.parameters() if parameter.requires_grad]
+        self.classifier.eval().requires_grad_(False)
         try:
             yield
         finally:
-            self.classifier.train(was_training)
+            for module, training in modes:
+                module.training = training
+            for parameter in learning:
+                parameter.requires_grad_()
 
     def studies(self, features: Sequence[Floats]) -> list[StudyOutput]:
         """Features (S, D) of the chosen slices of each study -> what the model makes of it."""

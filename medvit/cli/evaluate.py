@@ -9,19 +9,18 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
 import medvit
 from medvit import data, evaluation
 from medvit.cli.console import Display, Parser, command, tables
+from medvit.cli.looking import look_into, predict, refused_row
 from medvit.cli.study import add_label_arguments, prepare, set_aside
 from medvit.config import EvaluationConfig, load_config
-from medvit.records import EXIT_DONE, EXIT_QUARANTINE, EXIT_REFUSED, Case, Prediction, ScanError, UsageError
+from medvit.records import EXIT_DONE, EXIT_QUARANTINE, EXIT_REFUSED, ScanError, UsageError
 
 EPILOG = """
 examples:
@@ -104,13 +103,20 @@ def predict_labelled(
         if unknown:
             raise UsageError(f"labels {', '.join(unknown)} are none of the model's: {', '.join(model.info.classes)}.")
         display.start("predicting", len(study.cases))
-        rows, judged = [], []
+        rows, judged, features = [], [], []
         for case in study.cases:
-            found = predict_or_refuse(model, case, study.cache)
-            judged += [medvit.Judged(model, case, found, study.cache.load)] if isinstance(found, Prediction) else []
-            rows.append(found.to_row() if isinstance(found, Prediction) else found)
+            try:
+                prediction, pooled = predict(model, case, study.cache)
+            except ScanError as error:  # the model must not be asked
+                rows.append(refused_row(model, case, str(error.code)))
+            else:
+                judged.append(medvit.Judged(model, case, prediction, study.cache.load))
+                rows.append(prediction.to_row())
+                features.append(pooled)
             display.step()
         further = look_into(judged, settings, display, labelled=int(model.info.provenance.get("cases", 0)))
+        patients = [one.case.patient_id for one in judged]
+        further = replace(further, drift=evaluation.compare_batch(model.reference, features, patients))
     path = arguments.output / "predictions.csv"
     evaluation.write_predictions(pd.DataFrame(rows), path)
     about = {
@@ -118,43 +124,6 @@ def predict_labelled(
         "Cases": f"{len(study.cases)} labelled, not seen in training if so chosen",
     }
     return evaluation.read_predictions(path), about, further, EXIT_QUARANTINE if set_aside(study) else EXIT_DONE
-
-
-def predict_or_refuse(model: medvit.Model, case: Case, cache: data.SliceCache) -> Prediction | dict[str, Any]:
-    """The prediction, or a row of predictions.csv without probabilities where the model must not be asked."""
-    try:
-        model.refuse(case)
-    except ScanError as error:
-        code = str(error.code)
-    else:
-        return model.predict_slices(cache.load(case), case)
-    told = ("case_id", "patient_id", "label", "site", "sex", "age", "study_uid", "series_uid")
-    empty = dict.fromkeys((f"p_{name}" for name in model.info.classes), "")
-    return {name: getattr(case, name) for name in told} | empty | {"flags": code} | dict(case.attributes)
-
-
-def look_into(
-    judged: Sequence[medvit.Judged], settings: EvaluationConfig, display: Display, *, labelled: int, hours: float = 0.0
-) -> evaluation.Further:
-    """What a report says beyond its figures: what the model looked at, how long it takes, what that costs.
-
-    Args:
-        judged: held-out cases as they were predicted.
-        settings: what is asked for, and caps.
-        display: where progress goes.
-        labelled: cases that were labelled for training.
-        hours: of computing that training took.
-    """
-    if not judged:
-        return evaluation.Further()
-    explanation = None
-    if settings.attention is not None:
-        display.start("what it looked at", settings.attention.cases)
-        explanation = evaluation.explain(judged, settings.attention, display.step)
-    latency = evaluation.measure_latency(judged)
-    prices = settings.prices
-    cost = None if prices is None else evaluation.cost_of_ownership(prices, latency, labelled, hours)
-    return evaluation.Further(explanation=explanation, latency=latency, cost=cost)
 
 
 def show_report(report: evaluation.Report) -> None:

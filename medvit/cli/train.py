@@ -19,7 +19,8 @@ from pathlib import Path
 import medvit
 from medvit import data, evaluation, training
 from medvit.cli.console import Display, Parser, command
-from medvit.cli.evaluate import look_into, show_report
+from medvit.cli.evaluate import show_report
+from medvit.cli.looking import look_into
 from medvit.cli.study import Study, add_label_arguments, prepare, set_aside, show_study
 from medvit.config import GRIDS, Config, load_config, shipped_configs
 from medvit.records import EXIT_DONE, EXIT_QUARANTINE, Case, UsageError

@@ -2,6 +2,7 @@ from .calibration import fit_temperature as fit_temperature
 from .decision import cost_of_ownership as cost_of_ownership
 from .decision import measure_gain as measure_gain
 from .decision import measure_latency as measure_latency
+from .drift import compare_batch as compare_batch
 from .explanation import explain as explain
 from .further import Further as Further
 from .metrics import macro_auroc as macro_auroc
@@ -11,3 +12,5 @@ from .predictions import read_predictions as read_predictions
 from .predictions import write_predictions as write_predictions
 from .report import Report as Report
 from .report import write_report as write_report
+from .robustness import STRESSES as STRESSES
+from .robustness import measure_robustness as measure_robustness

@@ -7,8 +7,7 @@ the model does it, and never to the normalised input, whose values lie far outsi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +18,6 @@ from torch.utils.checkpoint import checkpoint
 
 from medvit.evaluation.physics import Slices, as_stored
 from medvit.inference import Encoder
-from medvit.models.classifier import CtClassifier
 from medvit.records import UsageError, resolve_window
 
 PGD_STEPS = 10
@@ -95,7 +93,7 @@ def input_gradient(encoder: Encoder, hu: Tensor, truth: int) -> Tensor:
     """
     if encoder.preprocessing.clahe is not None:
         raise UsageError("preprocessing.clahe counts pixels and has no gradient: this model cannot be attacked so.")
-    with _judging(encoder.classifier), torch.enable_grad():
+    with encoder.judging(), torch.enable_grad():
         pixels = hu.detach().requires_grad_()
         loss = cross_entropy(logits_of(encoder, pixels)[None], torch.tensor([truth], device=hu.device))
         (gradient,) = torch.autograd.grad(loss, pixels)
@@ -127,21 +125,6 @@ def _normalised(encoder: Encoder, hu: Tensor) -> Tensor:
         level, width = resolve_window(window)
         channels.append((((hu - level) / width + 0.5).clamp(0, 1) - mean) / std)
     return torch.stack(channels, dim=1)
-
-
-@contextmanager
-def _judging(classifier: CtClassifier) -> Iterator[None]:
-    """Evaluation mode and no gradient for weights; both as they were afterwards, module by module."""
-    modes = [(module, module.training) for module in classifier.modules()]
-    learning = [(parameter, parameter.requires_grad) for parameter in classifier.parameters()]
-    classifier.eval().requires_grad_(False)
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-        for parameter, learns in learning:
-            parameter.requires_grad_(learns)
 
 
 def _tensor(encoder: Encoder, slices: Slices) -> Tensor:

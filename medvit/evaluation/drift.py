@@ -8,11 +8,14 @@ per patient on both sides.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 from scipy.spatial.distance import cdist
+
+from medvit.models.reference import Reference, one_per_patient
 
 FEWEST = 10
 """Patients on either side below which nothing is tested: hardly any shift would show."""
@@ -59,6 +62,15 @@ def drift_test(
     as_different = np.einsum("di,di->d", shuffled @ kernel, shuffled) >= observed - 1e-12
     p = (1 + int(as_different.sum())) / (1 + draws)
     return Drift(discrepancy=float(observed), p=p, patients=len(batch), reference=len(reference))
+
+
+def compare_batch(
+    reference: Reference | None, features: Sequence[npt.NDArray[np.floating]], patients: Sequence[str]
+) -> Drift | None:
+    """Compare the features (D,) of cases, and whose they are, with the reference of their model; None as above."""
+    if reference is None or not features:
+        return None
+    return drift_test(reference.sample, one_per_patient(np.stack(features), patients))
 
 
 def gaussian_kernel(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

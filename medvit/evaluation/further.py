@@ -6,7 +6,9 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # reports of anybody's predictions start without torch
+    from medvit.evaluation.curves import Robustness
     from medvit.evaluation.decision import Cost, Gain, Latency
+    from medvit.evaluation.drift import Drift
     from medvit.evaluation.explanation import Explanation
 
 
@@ -16,12 +18,16 @@ class Further:
 
     Attributes:
         explanation: what the model looked at.
+        robustness: AUROC on pictures made worse.
+        drift: whether these cases as a whole are like those that the model knows.
         gain: over a named baseline.
         latency: of a prediction.
         cost: of ownership.
     """
 
     explanation: Explanation | None = None
+    robustness: Robustness | None = None
+    drift: Drift | None = None
     gain: Gain | None = None
     latency: Latency | None = None
     cost: Cost | None = None

@@ -24,12 +24,15 @@ from medvit.config import EvaluationConfig
 from medvit.evaluation.attributes import with_attributes
 from medvit.evaluation.bootstrap import PatientBootstrap
 from medvit.evaluation.charts import draw_reliability, draw_roc, draw_scores
+from medvit.evaluation.curves import Level, Robustness
 from medvit.evaluation.fairness import FairnessTable, Verdict, adjusted, assess_fairness
 from medvit.evaluation.figures import auroc_within_folds, measure_figures
 from medvit.evaluation.forest import draw_groups
 from medvit.evaluation.further import Further
 from medvit.evaluation.metrics import Interval
+from medvit.evaluation.physics import CORRUPTIONS
 from medvit.evaluation.predictions import OneVsRest, check_predictions, class_names, one_vs_rest
+from medvit.evaluation.robustness_chart import draw_robustness
 
 SCHEMA_VERSION = 1
 """Of metrics.json and fairness.json; README lists their fields."""
@@ -212,12 +215,22 @@ def _render(
         about=about,
         settings=settings,
         further=further,
+        worst=_worst(further.robustness),
+        curves=Markup(draw_robustness(further.robustness)) if further.robustness else None,
         paired=PAIRED,
         groups=Markup(draw_groups(report.fairness)) if report.fairness and len(report.positive) == 1 else None,
         roc=Markup(draw_roc(view, bootstrap)),
         reliability=Markup(draw_reliability(view)),
         scores=Markup(draw_scores(frame, report.thresholds)),
     )
+
+
+def _worst(robustness: Robustness | None) -> tuple[str, Level, str] | None:
+    """Of what hospitals do to pictures, not adversaries: the largest loss of AUROC that is not chance."""
+    curves = robustness.curves if robustness else ()
+    levels = [(c.name, level, c.unit) for c in curves if c.name in CORRUPTIONS for level in c.levels]
+    certain = [one for one in levels if one[1].change.high < 0]
+    return min(certain, key=lambda one: one[1].change.point, default=None)
 
 
 def without_nan(value: Any) -> Any:

@@ -20,8 +20,8 @@ from medvit.evaluation.attacks import ATTACKS, Attack
 from medvit.evaluation.bootstrap import PatientBootstrap
 from medvit.evaluation.curves import Curve, NotMeasured, Robustness, Scores, measure_level
 from medvit.evaluation.physics import CORRUPTIONS, Corruption, Slices, corrupt, draws
-from medvit.inference import Model
-from medvit.records import Case, Prediction, ScanError, UsageError
+from medvit.inference import Judged, Model
+from medvit.records import Prediction, ScanError, UsageError
 
 STRESSES: dict[str, Corruption | Attack] = {**CORRUPTIONS, **ATTACKS}
 """Name -> what is tried, in this order."""
@@ -32,23 +32,6 @@ it would never have cases enough, and with as many cases as the others it would 
 
 LEAST_CASES = 12
 """A curve of fewer says nothing: it is not begun when the time would not do for so many (or all, where fewer exist)."""
-
-
-@dataclass(frozen=True)
-class Judged:
-    """A labelled case, and the model that judges it.
-
-    Attributes:
-        model: one that did not learn from it.
-        case: with its label.
-        load: -> int16 HU (Z, size, size), as prepared for the model.
-        fold: pairs of one fold are compared only: scores of different models are not.
-    """
-
-    model: Model
-    case: Case
-    load: Callable[[], Slices]
-    fold: int = 0
 
 
 def measure_robustness(
@@ -131,7 +114,7 @@ class _Study:
         rows: list[tuple[Judged, list[Prediction]]] = []
         reasons = {"there is no labelled case"} if not self.cases else set[str]()
         for one in self.cases:
-            slices = one.load()
+            slices = one.load(one.case)
             if reason := why_not(name, one.model, len(slices)):
                 reasons.add(reason)
                 continue
@@ -157,7 +140,7 @@ class _Study:
 
     def _curve(self, name: str, rows: Sequence[tuple[Judged, list[Prediction]]], seconds: float) -> Curve:
         patients = np.array([one.case.patient_id for one, _ in rows])
-        folds = np.array([one.fold for one, _ in rows])
+        folds = np.array([one.prediction.fold or 0 for one, _ in rows])  # scores of different models are not compared
         bootstrap = PatientBootstrap(patients, self.settings.bootstrap, self.settings.confidence, self.limits.seed)
         clean, *worse = zip(*(predictions for _, predictions in rows), strict=True)
         stress = STRESSES[name]

@@ -19,6 +19,7 @@ TINY = [
     "training.stages.0.epochs=2",
     "training.batch_size=4",
     "evaluation.bootstrap=100",
+    "evaluation.robustness.minutes=0.05",
 ]
 
 

@@ -36,7 +36,8 @@ def test_model_on_another_labelled_folder(trained, export, tmp_path):
     assert not list((tmp_path / "report").glob(".cache-*"))
     numbers = json.loads((tmp_path / "report" / "metrics.json").read_text(encoding="utf-8"))
     assert numbers["latency"]["cases"] == 4
-    assert "explanation" in numbers
+    assert {"explanation", "robustness"} <= set(numbers)
+    assert numbers["robustness"]["available"] == 4
 
 
 def test_pictures_of_patients_can_be_left_out(train_tiny, tmp_path):

@@ -7,7 +7,9 @@ import pytest
 import sklearn.metrics
 
 from medvit.config import EvaluationConfig
+from medvit.evaluation.curves import Curve, Level, NotMeasured, Robustness
 from medvit.evaluation.decision import Cost, Latency, measure_gain
+from medvit.evaluation.drift import Drift
 from medvit.evaluation.explanation import Explanation, Picture
 from medvit.evaluation.faithfulness import Faithfulness
 from medvit.evaluation.further import Further
@@ -205,6 +207,35 @@ def test_every_pair_of_groups_is_on_the_page(whole):
         assert pair in html
 
 
+def robustness():
+    """Noise costs something, drift may be chance, an attack everything; PGD was too slow."""
+
+    def curve(name, *changes):
+        levels = tuple(
+            Level(severity=k + 1.0, auroc=0.9 + change.point, change=change, moved=0.1, flipped=0.2)
+            for k, change in enumerate(changes)
+        )
+        clean = Interval(0.9, 0.8, 1.0)
+        return Curve(name, "HU", "fewer photons", cases=20, patients=18, seconds=9.0, clean=clean, levels=levels)
+
+    return Robustness(
+        curves=(
+            curve("dose", Interval(-0.01, -0.02, 0.0), Interval(-0.2, -0.3, -0.1)),
+            curve("drift", Interval(-0.3, -0.7, 0.1)),
+            curve("FGSM", Interval(-0.9, -1.0, -0.8)),
+        ),
+        not_measured=(NotMeasured("PGD", "12 cases take 120 s, and 35 s were left"),),
+        available=40,
+        refused=0,
+        case_cap=60,
+        minutes=2.0,
+        seconds=100.0,
+        seed=0,
+        draws=100,
+        confidence=0.95,
+    )
+
+
 @pytest.fixture(scope="session")
 def looked_into(cohort, tmp_path_factory):
     """A report with all that a model adds, its maps shown to be better than both rivals, or not."""
@@ -230,7 +261,10 @@ def looked_into(cohort, tmp_path_factory):
         latency = Latency(median=0.31, p95=0.9, cases=10, slices=7.5, device="cpu")
         cost = Cost(currency="CHF", years=5, training=100.0, operation=2000.0, maintenance=30000.0, per_study=1.234)
         gain = measure_gain(frame, frame.assign(p_bleed=0.5, p_none=0.5), "guessing", QUICK)
-        return Further(explanation=explanation, latency=latency, cost=cost, gain=gain)
+        drift = Drift(discrepancy=0.1, p=0.0005, patients=30, reference=200)
+        return Further(
+            explanation=explanation, latency=latency, cost=cost, gain=gain, robustness=robustness(), drift=drift
+        )
 
     frame = check_predictions(cohort(80))
     folder = tmp_path_factory.mktemp("looked")
@@ -255,6 +289,21 @@ def test_maps_that_do_not_are_not_shown_by_default(looked_into):
     hidden = html[html.index("<details><summary>Show the slices") :]
     assert "data:image/png" in hidden[: hidden.index("</details>")]
     assert html.count("data:image/png") == 1
+
+
+def test_what_breaks_it_is_what_is_not_chance_and_happens_in_hospitals(looked_into):
+    _, html, text = looked_into[0.05]
+    breaks = html[html.index('id="robustness"') :]
+    assert "dose costs most: at 2 HU" in breaks
+    assert "20 of 40 labelled cases (at most 60) in 100 s" in breaks
+    assert "Not measured: PGD (12 cases take 120 s, and 35 s were left)." in breaks
+    assert json.loads(text)["robustness"]["curves"][2]["levels"][0]["change"]["point"] == -0.9
+
+
+def test_a_shift_of_the_whole_is_named(looked_into):
+    _, html, text = looked_into[0.05]
+    assert "As a whole these cases are not like those that the model knows" in html
+    assert json.loads(text)["drift"]["patients"] == 30
 
 
 def test_three_figures_for_a_decision(looked_into):

@@ -17,9 +17,9 @@ from medvit.evaluation.attacks import ATTACKS
 from medvit.evaluation.curves import Curve, Robustness
 from medvit.evaluation.metrics import auroc, auroc_within
 from medvit.evaluation.physics import CORRUPTIONS
-from medvit.evaluation.robustness import STRESSES, Judged, in_order, measure_robustness
+from medvit.evaluation.robustness import STRESSES, in_order, measure_robustness
 from medvit.evaluation.robustness_chart import draw_robustness
-from medvit.inference import Encoder, Model
+from medvit.inference import Encoder, Judged, Model
 from medvit.models.bundle import BundleInfo, TrainingRange
 from medvit.models.classifier import CtClassifier
 from medvit.records import Case, ClaheSettings, Preprocessing, UsageError
@@ -68,7 +68,8 @@ def cohort(count: int = 16, slices: int = 3, seed: int = 0, model: Model | None 
         hu = rng.normal(20 * (number % 2) - 10 + rng.normal(0, 20), 5, (slices, SIZE, SIZE)).astype(np.int16)
         patient = f"patient{number // 4}-{number % 2}"
         case = Case(case_id=f"c{number}", patient_id=patient, group=patient, root="", files=(), label=label, **about)
-        found.append(Judged(model, case, lambda hu=hu: hu))
+        prediction = model.prediction(case, *model.encoder.study(hu))
+        found.append(Judged(model, case, prediction, lambda _case, hu=hu: hu))
     return found
 
 
@@ -77,7 +78,7 @@ def settings(minutes: float = 5.0, cases: int = 60) -> EvaluationConfig:
 
 
 def means(judged: list[Judged]) -> np.ndarray:
-    return np.array([one.load().mean() for one in judged])
+    return np.array([one.load(one.case).mean() for one in judged])
 
 
 def truth(judged: list[Judged]) -> np.ndarray:
@@ -124,7 +125,7 @@ def test_every_stress_has_a_curve_of_all_cases(measured):
 
 
 def test_clean_is_what_the_model_predicts(judged, measured):
-    scores = [one.model.predict_slices(one.load(), one.case).probabilities["bleed"] for one in judged]
+    scores = [one.model.predict_slices(one.load(one.case), one.case).probabilities["bleed"] for one in judged]
     expected = auroc(truth(judged), scores)
     assert 0.6 < expected < 0.95
     for one in measured.curves:
@@ -161,8 +162,8 @@ def test_a_mean_does_not_mind_a_softer_kernel(measured):
 
 def test_pairs_are_of_one_fold(few):
     one, other = cohort(12, seed=1), cohort(12, seed=2, model=known(offset=200.0))
-    both = [*one, *(dataclasses.replace(two, fold=1, case=_renamed(two.case)) for two in other)]
-    scores = [two.model.predict_slices(two.load(), two.case).probabilities["bleed"] for two in both]
+    both = [*one, *(_in_fold_1(two) for two in other)]
+    scores = [two.model.predict_slices(two.load(two.case), two.case).probabilities["bleed"] for two in both]
     expected = auroc_within(truth(both), scores, np.repeat([0, 1], 12))
     assert auroc(truth(both), scores) != pytest.approx(expected, abs=0.05)
     (dose, *_) = measure_robustness(both, settings()).curves
@@ -207,13 +208,17 @@ def test_single_slices_cannot_be_thicker(few):
     assert curve(mixed, "dose").cases == 16
 
 
+def _in_fold_1(one: Judged) -> Judged:
+    return dataclasses.replace(_other(one), prediction=dataclasses.replace(one.prediction, fold=1))
+
+
 def _other(one: Judged) -> Judged:
     return dataclasses.replace(one, case=_renamed(one.case))
 
 
 def test_thicker_slices_are_means_of_all_slices_and_not_of_those_looked_at():
     stack = np.zeros((12, SIZE, SIZE), np.int16)
-    one = dataclasses.replace(cohort(1)[0], load=lambda: stack)
+    one = dataclasses.replace(cohort(1)[0], load=lambda _: stack)
     looked_at = one.model.encoder.choose(12)
     stack[looked_at] = 90
     shown = robustness.worsened(one, stack, "thicker", 3, seed=0)
@@ -251,9 +256,9 @@ def clock(monkeypatch) -> list[float]:
 def slow(judged: list[Judged], clock: list[float], seconds: float) -> list[Judged]:
     def load(one: Judged) -> np.ndarray:
         clock[0] += seconds
-        return one.load()
+        return one.load(one.case)
 
-    return [dataclasses.replace(one, load=lambda one=one: load(one)) for one in judged]
+    return [dataclasses.replace(one, load=lambda _, one=one: load(one)) for one in judged]
 
 
 def test_as_many_cases_as_fit_into_each_share_of_the_time(clock, few):
