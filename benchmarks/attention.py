@@ -40,7 +40,8 @@ NEAR = (phantom.SITES[0], phantom.SITES[2])
 PATIENTS = {"trained": 400, "judged": 120}
 PATCH = 8
 RANDOM_ORDERS = 3
-SEEDS = (0, 1, 2)
+SEEDS = (3, 4, 5)
+"""0 to 2 judged a first version, 7 to 9 were looked at to choose among maps: other patients and weights."""
 EPOCHS = 24
 FILLS: tuple[Fill, ...] = ("blur", "mean")
 

@@ -23,11 +23,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from contrast_folds import judged_cases
 from goals import Goal
 from matplotlib.figure import Figure
 
-from medvit import data, evaluation, io, training
-from medvit.config import EvaluationConfig, RobustnessConfig, load_config
+from medvit.config import EvaluationConfig, RobustnessConfig
 from medvit.evaluation.curves import Curve, Robustness
 from medvit.evaluation.physics import CORRUPTIONS, corrupt, draws
 from medvit.evaluation.robustness import STRESSES, in_order, measure_robustness, worsened
@@ -37,28 +37,6 @@ from medvit.io import phantom
 
 COSTED, EPSILONS = 6, (1.0, 5.0)
 """Cases that costs are taken from, and on which FGSM and PGD are compared at so many HU."""
-
-
-def judged_cases(shared: Path, folder: Path) -> list[Judged]:
-    """Train five folds; each held-out case with the model of its fold."""
-    source = shared / "data" / "siim_ct_100"
-    weights = shared / "weights" / "vit_small_patch14_dinov2.safetensors"
-    config = load_config("frozen", [f"model.weights={weights}", "preprocessing.size=126", "data.folds=5"])
-    manifest = data.build_manifest(io.scan_folder(source), source / "manifest.csv", label_column="contrast")
-    slices = data.SliceCache(folder / "cache", config.preprocessing)
-    hashes, _ = slices.build(manifest.cases)
-    readable = [case for case in manifest.cases if case.case_id in hashes]
-    cases = data.group_cases(readable, {case.case_id: data.slice_prints(slices.load(case)) for case in readable}).cases
-    judge = training.Judge(
-        score=evaluation.macro_auroc,
-        operating_point=lambda labels, probabilities: evaluation.operating_point(labels, probabilities[:, -1]),
-        temperature=evaluation.fit_temperature,
-    )
-    experiment = training.Experiment(config, cases, manifest.classes, slices, folder / "run", judge)
-    judged = []
-    for number, fold in enumerate(data.make_folds(cases, config.data, config.training.seed)):
-        judged += experiment.run_fold(fold, number).judged
-    return judged
 
 
 def show(measured: Robustness) -> None:

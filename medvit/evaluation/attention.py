@@ -44,13 +44,14 @@ def rollout(attention: Sequence[Tensor], _gradients: Sequence[Tensor]) -> Tensor
 
 
 def gradient_rollout(attention: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
-    """R = 1, then R + mean over heads of (gradient x attention, where positive) @ R, block by block; less 1 at the end.
+    """R = 1, then R + sum over heads of (gradient x attention, where positive) @ R, block by block; less 1 at the end.
 
     Without the 1 only what attention carried is left: that every token begins as itself says nothing about the class.
+    Heads are summed and not averaged, as their shares of the score are, and as what reaches it without attention is.
     """
     flow = start = torch.eye(attention[0].shape[-1])[None]
     for weights, gradient in zip(attention, gradients, strict=True):
-        flow = flow + (weights * gradient).clamp(min=0).mean(dim=1) @ flow
+        flow = flow + (weights * gradient).clamp(min=0).sum(dim=1) @ flow
     return flow - start
 
 
@@ -112,15 +113,27 @@ def _watch(encoder: Encoder, slices: Slices, towards: Tensor, weights: Tensor) -
     device = next(backbone.parameters()).device
     with torch.enable_grad(), encoder.judging(), watched_attention(backbone) as seen:
         values = encoder.values(slices).to(device).requires_grad_()  # a frozen backbone has gradients all the same
-        score = (backbone(values) * towards.to(device)).sum()
+        tokens = backbone.tokens(values)
         attention = list(seen)
-        gradients = torch.autograd.grad(score, attention)  # by these alone: nothing is left in the weights
+        score = (backbone.summed_up(tokens) * towards.to(device)).sum()
+        # by these alone: nothing is left in the weights
+        by_tokens, *gradients = torch.autograd.grad(score, [tokens, *attention])
     kept = [one.detach().float().cpu() for one in attention]
     slopes = [one.float().cpu() for one in gradients]
     start, patches = _read_out(backbone, kept[0].shape[-1]), slice(backbone.prefix_tokens, None)
     found = {name: torch.einsum("i,bij->bj", start, flow(kept, slopes))[:, patches] for name, flow in FLOWS.items()}
+    direct = _read_directly(tokens.detach()[:, patches], by_tokens[:, patches]).cpu()
     # gradients know how much a slice counts; the other maps are told
-    return {name: one if name == "gradient" else one * weights[:, None] for name, one in found.items()}
+    return {name: one + direct if name == "gradient" else one * weights[:, None] for name, one in found.items()}
+
+
+def _read_directly(tokens: Tensor, gradient: Tensor) -> Tensor:
+    """(B, P): what each patch's final token adds to the score beyond the mean patch, where positive.
+
+    Features that hold the mean of patch tokens reach the score without attention: a finding may do so, too.
+    """
+    beyond = tokens - tokens.mean(dim=1, keepdim=True)
+    return (gradient * beyond).sum(dim=-1).clamp(min=0).float()
 
 
 def _read_out(backbone: Backbone, tokens: int) -> Tensor:
