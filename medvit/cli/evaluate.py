@@ -1,8 +1,8 @@
 """medvit-evaluate: the report of a run, of a model on another labelled folder, or of anybody's predictions.
 
 Writes report.html (one file, no links), metrics.json and fairness.json: AUROC with patient-clustered intervals, the
-operating point, calibration, and sensitivity, specificity and equalized odds per site, sex and age. With RUN and FOLDER
-it also tells what the model looked at and how long a prediction takes.
+operating point, calibration, and sensitivity, specificity and equalized odds per site, sex and age. With a model it
+also tells what the model looked at, what breaks it, and how long a prediction takes.
 """
 
 from __future__ import annotations
@@ -66,12 +66,13 @@ def main(argv: list[str] | None = None) -> int:
         frame = evaluation.read_predictions(arguments.predictions)
     elif arguments.folder is None:
         frame = evaluation.read_predictions(arguments.run / "predictions.csv")
+        further = evaluation.load_further(arguments.run / "report")
     else:
         frame, about, further, status = predict_labelled(arguments, config.evaluation)
     if baseline is not None:
         further = replace(further, gain=evaluation.measure_gain(frame, *baseline, config.evaluation))
     report = evaluation.write_report(frame, arguments.output, config.evaluation, about, further)
-    show_report(report)
+    show_report(report, further)
     if arguments.gate and any(table.verdict == "not met" for table in report.fairness):
         return EXIT_REFUSED
     return status
@@ -126,7 +127,7 @@ def predict_labelled(
     return evaluation.read_predictions(path), about, further, EXIT_QUARANTINE if set_aside(study) else EXIT_DONE
 
 
-def show_report(report: evaluation.Report) -> None:
+def show_report(report: evaluation.Report, further: evaluation.Further) -> None:
     """The main figures of a report as plain lines, and where it is."""
     percent = f"{100 * report.confidence:g} %"
     lines = [f"AUROC        {report.auroc}  ({percent} interval, {report.patients} patients, {report.cases} cases)"]
@@ -141,6 +142,15 @@ def show_report(report: evaluation.Report) -> None:
             f"  {name}: equalized-odds difference {table.equalized_odds}: {table.verdict}; "
             f"{name} alone predicts the label with AUROC {table.auroc_alone}"
         )
+    if further.gain is not None:
+        lines.append(
+            f"gain         AUROC {further.gain.auroc} over {further.gain.baseline}, {further.gain.cases} cases"
+        )
+    if further.drift is not None:
+        alike = "unlike" if further.drift.p < 1 - report.confidence else "not told from"
+        lines.append(f"drift        as a whole {alike} what the model knows (p {further.drift.p:.3f})")
+    if further.latency is not None:
+        lines.append(f"latency      {further.latency.median:.2g} s a case")
     lines.append(f"report       {report.path}")
     console = tables()
     for line in lines:

@@ -103,8 +103,8 @@ def train(arguments: argparse.Namespace, config: Config) -> int:
         if processes.first():
             write_cases(output / "cases.csv", study.cases, folds)
             evaluation.write_predictions(list(result.predictions), output / "predictions.csv")
-            report = write_reports(study, experiment, result, hours, display)
-            show_result(report, output, result)
+            report, further = write_reports(study, experiment, result, hours, display)
+            show_result(report, further, output, result)
     return EXIT_QUARANTINE if set_aside(study) else EXIT_DONE
 
 
@@ -189,7 +189,7 @@ def write_cases(path: Path, cases: Sequence[Case], folds: Sequence[data.Fold]) -
 
 def write_reports(
     study: Study, experiment: training.Experiment, result: training.Result, hours: float, display: Display
-) -> evaluation.Report:
+) -> tuple[evaluation.Report, evaluation.Further]:
     """The report on held-out cases in RUN, and the model card in its bundle."""
     output, settings, origin = experiment.folder, experiment.config.evaluation, about(study, experiment)
     labelled = sum(case.label is not None for case in study.cases)
@@ -199,7 +199,7 @@ def write_reports(
     report = evaluation.write_report(frame, output / "report", settings, origin, further)
     info = medvit.load_bundle(result.bundle).info
     evaluation.write_model_card(result.bundle, info, study.cases, report, origin)
-    return report
+    return report, further
 
 
 def about(study: Study, experiment: training.Experiment) -> dict[str, str]:
@@ -218,9 +218,9 @@ def about(study: Study, experiment: training.Experiment) -> dict[str, str]:
     }
 
 
-def show_result(report: evaluation.Report, output: Path, result: training.Result) -> None:
+def show_result(report: evaluation.Report, further: evaluation.Further, output: Path, result: training.Result) -> None:
     """The figures, and where everything is."""
-    show_report(report)
+    show_report(report, further)
     card = result.bundle / "model_card.md"
     print(f"model        {result.bundle}\nmodel card   {card}\npredictions  {output / 'predictions.csv'}")
 

@@ -5,6 +5,7 @@ from .decision import measure_latency as measure_latency
 from .drift import compare_batch as compare_batch
 from .explanation import explain as explain
 from .further import Further as Further
+from .further import load_further as load_further
 from .metrics import macro_auroc as macro_auroc
 from .metrics import operating_point as operating_point
 from .model_card import write_model_card as write_model_card

@@ -9,21 +9,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
 
 from medvit.config import AttentionConfig
 from medvit.evaluation.attention import Floats, relevance_maps
 from medvit.evaluation.bootstrap import PatientBootstrap
-from medvit.evaluation.faithfulness import (
-    Areas,
-    Faithfulness,
-    centre_map,
-    deletion_insertion,
-    random_map,
-    summarise,
-)
+from medvit.evaluation.explained import Explanation, Picture
+from medvit.evaluation.faithfulness import Areas, centre_map, deletion_insertion, random_map, summarise
 from medvit.evaluation.overlays import draw_overlay
 from medvit.inference import Judged
 from medvit.models.attention import watchable
@@ -31,56 +24,6 @@ from medvit.models.attention import watchable
 RANDOM_ORDERS = 2
 FEWEST = 3
 """Patients below which nothing is said about maps."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Picture:
-    """A slice as it is and with what spoke for a class.
-
-    Attributes:
-        case_id: pseudonym, as in predictions.csv.
-        kind: "right call", "false alarm", "missed"; "wrong call" with more than two classes.
-        target: class that is explained, and its `probability`.
-        label: true class.
-        slice_number: 1 is the first of `slices` in the series as medvit orders it (feet to head).
-        weight: how much the slice counted, 0..1.
-        png: two panels side by side.
-    """
-
-    case_id: str
-    kind: str
-    target: str
-    probability: float
-    label: str
-    slice_number: int
-    slices: int
-    weight: float
-    png: bytes
-
-
-@dataclass(frozen=True, kw_only=True)
-class Explanation:
-    """Of the held-out cases of a run.
-
-    Attributes:
-        maps: name -> how good it is, the rival "centre" among them; empty where nothing could be said.
-        cases: on which maps were judged, of `available` ones, in `seconds` with at most `slices` slices each.
-        pictures: of gradient rollout.
-        note: why there is less than asked for; empty.
-    """
-
-    maps: dict[str, Faithfulness] = field(default_factory=dict)
-    cases: int = 0
-    available: int = 0
-    slices: int = 0
-    seconds: float = 0.0
-    pictures: tuple[Picture, ...] = ()
-    note: str = ""
-
-    @property
-    def believable(self) -> bool:
-        """Whether gradient rollout does better than both rivals."""
-        return "gradient" in self.maps and self.maps["gradient"].beats_both
 
 
 def explain(

@@ -9,7 +9,6 @@ patches in random order, and from the middle outwards, which is hard to beat whe
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import cv2
@@ -18,6 +17,7 @@ import numpy.typing as npt
 
 from medvit.data.pipelines import Slices
 from medvit.evaluation.bootstrap import PatientBootstrap
+from medvit.evaluation.explained import Faithfulness
 from medvit.evaluation.metrics import Floats, Interval, divide
 from medvit.inference import Encoder, softmax
 
@@ -128,26 +128,6 @@ def centre_map(shape: tuple[int, int, int]) -> Floats:
 def random_map(shape: tuple[int, int, int], *seed: int) -> Floats:
     """The rival that points anywhere."""
     return np.random.default_rng(seed).random(shape)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Faithfulness:
-    """How good a map is, over cases.
-
-    Attributes:
-        deletion: mean area; `insertion` too.
-        over_random: insertion less deletion, less that of random order: mean over cases; `over_centre` likewise.
-    """
-
-    deletion: float
-    insertion: float
-    over_random: Interval
-    over_centre: Interval
-
-    @property
-    def beats_both(self) -> bool:
-        """Whether both intervals lie above 0."""
-        return bool(self.over_random.low > 0 and self.over_centre.low > 0)
 
 
 def summarise(

@@ -28,7 +28,7 @@ from medvit.evaluation.curves import Level, Robustness
 from medvit.evaluation.fairness import FairnessTable, Verdict, adjusted, assess_fairness
 from medvit.evaluation.figures import auroc_within_folds, measure_figures
 from medvit.evaluation.forest import draw_groups
-from medvit.evaluation.further import Further
+from medvit.evaluation.further import Further, save_further
 from medvit.evaluation.metrics import Interval
 from medvit.evaluation.physics import CORRUPTIONS
 from medvit.evaluation.predictions import OneVsRest, check_predictions, class_names, one_vs_rest
@@ -104,7 +104,7 @@ def write_report(
     about: Mapping[str, str] | None = None,
     further: Further | None = None,
 ) -> Report:
-    """Write report.html, metrics.json and fairness.json into `output_dir`.
+    """Write report.html, metrics.json, fairness.json and further.json into `output_dir`.
 
     Args:
         frame: predictions, checked or not (`check_predictions`).
@@ -129,6 +129,7 @@ def write_report(
     for name, content in (("metrics.json", numbers | further.to_json()), ("fairness.json", fairness)):
         text = json.dumps({"schema_version": SCHEMA_VERSION} | without_nan(content), indent=2, ensure_ascii=False)
         (folder / name).write_text(text + "\n", encoding="utf-8")
+    save_further(further, folder)
     report.path.write_text(_render(report, checked, settings, about or {}, further), encoding="utf-8")
     return report
 

@@ -26,7 +26,11 @@ def unfair(tmp_path):
 def test_report_of_a_run(trained, tmp_path, capsys):
     assert evaluate.main([str(trained), "--output", str(tmp_path / "report")]) == 0
     assert (tmp_path / "report" / "report.html").is_file()
-    assert "AUROC" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "AUROC" in told
+    assert "latency" in told
+    own, again = (json.loads((run / "metrics.json").read_text()) for run in (trained / "report", tmp_path / "report"))
+    assert own == again
 
 
 def test_model_on_another_labelled_folder(trained, export, tmp_path):

@@ -10,8 +10,7 @@ from medvit.config import EvaluationConfig
 from medvit.evaluation.curves import Curve, Level, NotMeasured, Robustness
 from medvit.evaluation.decision import Cost, Latency, measure_gain
 from medvit.evaluation.drift import Drift
-from medvit.evaluation.explanation import Explanation, Picture
-from medvit.evaluation.faithfulness import Faithfulness
+from medvit.evaluation.explained import Explanation, Faithfulness, Picture
 from medvit.evaluation.further import Further
 from medvit.evaluation.metrics import Interval
 from medvit.evaluation.overlays import draw_overlay
