@@ -1,11 +1,13 @@
 """Does the distance from reference cases tell what the model was not made for, and does it flag as often as it says?
 
+And does the drift test, which asks of a whole batch, ring when nothing has changed?
+
     python benchmarks/shift.py [--data FOLDER] [--quick]
 
 Real CT: features of a pretrained ViT on slices of `siim_ct_100`; half of the patients are the reference, and against
 the other half stand handwritten digits and the same slices seen through other windows. Phantom: a small ViT trained on
 some patients, a threshold from others, and how many of a thousand more are flagged at 5 %; then the same model at other
-scanners.
+scanners. Drift: nights of 30 patients against patients that the model did not learn from, and against those it did.
 """
 
 from __future__ import annotations
@@ -33,11 +35,12 @@ from torch import Tensor
 import medvit.io
 from medvit.config import ModelConfig, ObjectiveConfig, Stage, TrainingConfig
 from medvit.data.pipelines import prediction_transform, prepare_slices
+from medvit.evaluation.drift import drift_test
 from medvit.evaluation.metrics import auroc
 from medvit.io import phantom
 from medvit.models.backbone import normalisation
 from medvit.models.classifier import build_classifier
-from medvit.models.reference import Kind, conformal_threshold, know
+from medvit.models.reference import SAMPLED, Kind, conformal_threshold, know
 from medvit.objectives import OBJECTIVES, Task
 from medvit.records import Preprocessing
 from medvit.training import fit
@@ -54,6 +57,9 @@ WINDOWS: dict[str, tuple[Any, ...]] = {
 CT_PX = 126
 SPLITS = 20
 """Ways to part the patients of `siim_ct_100`: a single one is luck."""
+
+NIGHT, ALPHA = 30, 0.05
+"""Patients of a batch, and the p below which the drift test rings."""
 
 SHARE = 0.05
 PATIENTS = {"trained": 240, "threshold": 1000, "judged": 1200}
@@ -170,9 +176,29 @@ def judge_phantom(*, quick: bool) -> tuple[list[Goal], dict[str, Any]]:
             Goal(f"phantom, {held_out} more patients, {kind}: share flagged", rates[kind][0], float(low), float(high))
         )
         told[f"phantom, {kind}"] = rates[kind]
+    held_out_sample, learned_sample = features[1][:SAMPLED], features[0][:SAMPLED]
+    alarms = {
+        name: [_alarms(sample, one) for one in features[2:]]
+        for name, sample in (("not learned from", held_out_sample), ("learned from", learned_sample))
+    }
     for row, name in enumerate((f"{held_out} more of the same sites", *OTHERS)):
         print(f"| {name} | " + " | ".join(f"{rates[kind][row]:.3f}" for kind in KINDS) + " |")
-    return goals, told
+    print(f"\ndrift: share of nights of {NIGHT} patients with p below {ALPHA:g}, against patients that were")
+    print("| patients | nights | " + " | ".join(alarms) + " |\n|---|---|---|---|")
+    for row, name in enumerate((f"{held_out} more of the same sites", *OTHERS)):
+        nights = len(features[2 + row]) // NIGHT
+        print(f"| {name} | {nights} | " + " | ".join(f"{rate[row]:.3f}" for rate in alarms.values()) + " |")
+    nights = held_out // NIGHT
+    low, high = stats.binom(nights, ALPHA).ppf([0.025, 0.975]) / nights
+    quiet = alarms["not learned from"][0]
+    goals.append(Goal(f"drift, {nights} nights of the same sites: share that ring", quiet, float(low), float(high)))
+    return goals, told | {"drift": alarms}
+
+
+def _alarms(sample: Features, features: Features) -> float:
+    nights = [features[start : start + NIGHT] for start in range(0, len(features) - NIGHT + 1, NIGHT)]
+    tests = [drift_test(sample, night, draws=999) for night in nights]
+    return float(np.mean([one is not None and one.p < ALPHA for one in tests]))
 
 
 def main() -> None:
