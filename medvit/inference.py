@@ -103,6 +103,24 @@ class Encoder:
             for parameter in learning:
                 parameter.requires_grad_()
 
+    def means(self, cases: Iterable[Slices]) -> Iterator[Floats]:
+        """int16 HU (Z, size, size) of each case -> mean feature (D,) of the slices that a prediction looks at.
+
+        Small cases go through the backbone together: one slice at a time would keep it waiting.
+        """
+        pending: list[Slices] = []
+        for slices in cases:
+            pending.append(slices[self.choose(len(slices))])
+            if sum(map(len, pending)) >= self.batch_slices:
+                yield from self._means(pending)
+                pending = []
+        if pending:
+            yield from self._means(pending)
+
+    def _means(self, cases: Sequence[Slices]) -> list[Floats]:
+        ends = np.cumsum([len(slices) for slices in cases])[:-1]
+        return [features.mean(axis=0) for features in np.split(self.encode(np.concatenate(cases)), ends)]
+
     def studies(self, features: Sequence[Floats]) -> list[StudyOutput]:
         """Features (S, D) of the chosen slices of each study -> what the model makes of it."""
         device = next(self.classifier.parameters()).device

@@ -175,7 +175,7 @@ def build_backbone(config: ModelConfig, *, size: int, channels: int) -> tuple[Ba
         UsageError: unknown model, a size that is no multiple of the patch, or weights that are missing, damaged,
             unreachable, or made for another architecture.
     """
-    model = _create(config, size, channels)
+    model = create_model(config, size, channels)
     _check_size(model, size)
     report = load_weights(model, config, channels)
     backbone = Backbone(model, config.features, size)
@@ -195,7 +195,12 @@ def normalisation(backbone: Backbone, channels: int) -> tuple[tuple[float, ...],
     return tuple(mean), tuple(std)
 
 
-def _create(config: ModelConfig, size: int, channels: int) -> Any:
+def create_model(config: ModelConfig, size: int, channels: int, classes: int = 0) -> Any:
+    """The timm model with random weights; `classes` of its classifier, 0 for none.
+
+    Raises:
+        UsageError: timm cannot build it.
+    """
     options: dict[str, Any] = dict(config.options)
     try:
         if size_is_fixed(config.name):
@@ -203,7 +208,7 @@ def _create(config: ModelConfig, size: int, channels: int) -> Any:
         return timm.create_model(
             config.name,
             pretrained=False,
-            num_classes=0,
+            num_classes=classes,
             in_chans=channels,
             drop_path_rate=config.drop_path,
             **options,

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import timm
 from safetensors import SafetensorError, safe_open
 from timm.models import load_pretrained
 
@@ -28,13 +29,14 @@ class WeightReport:
     sha256: str = ""
 
 
-def load_weights(model: Any, config: ModelConfig, channels: int) -> WeightReport:
-    """Load what `config.weights` names into a timm model without classifier.
+def load_weights(model: Any, config: ModelConfig, channels: int, classes: int = 0) -> WeightReport:
+    """Load what `config.weights` names into a timm model.
 
     Args:
         model: a timm model, changed in place.
         config: which weights.
         channels: HU windows; the first layer's weights are adapted to them as timm does.
+        classes: of the model's classifier, which is loaded too; 0 for a model without one.
 
     Raises:
         UsageError: weights that are missing, damaged, unreachable, or made for another architecture.
@@ -42,6 +44,8 @@ def load_weights(model: Any, config: ModelConfig, channels: int) -> WeightReport
     if config.weights == "none":
         return WeightReport("none")
     source = dict(model.pretrained_cfg)
+    if classes:  # those of a file may be others than those that timm knows; another number, and timm drops all of them
+        source |= {"num_classes": classes, "label_offset": 0}
     if config.weights == "hub":
         report_source, digest = "hub", ""
     else:
@@ -55,7 +59,7 @@ def load_weights(model: Any, config: ModelConfig, channels: int) -> WeightReport
         lambda _, keys: seen.append((keys.missing_keys[:], keys.unexpected_keys[:]))
     )
     try:
-        _load_source(model, source, config, channels)
+        _load_source(model, source, config, channels, classes)
     finally:
         hook.remove()
     missing, unexpected = seen[-1]
@@ -68,11 +72,23 @@ def load_weights(model: Any, config: ModelConfig, channels: int) -> WeightReport
     return WeightReport(report_source, len(model.state_dict()), digest)
 
 
-def _load_source(model: Any, source: dict[str, Any], config: ModelConfig, channels: int) -> None:
+def source_classes(config: ModelConfig) -> int:
+    """How many classes the classifier tells apart that the weights bring; 0 without one."""
+    known = timm.get_pretrained_cfg(config.name, allow_unregistered=True)
+    if config.weights == "none" or known is None or not isinstance(known.classifier, str):
+        return 0
+    if config.weights == "hub":
+        return int(known.num_classes)
+    weight = f"{known.classifier}.weight"
+    with safe_open(config.weights, "pt") as file:
+        return int(file.get_slice(weight).get_shape()[0]) if weight in set(file.keys()) else 0
+
+
+def _load_source(model: Any, source: dict[str, Any], config: ModelConfig, channels: int, classes: int) -> None:
     # the same renaming and resampling that timm's own create_model(pretrained=True) applies
     adapt = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     try:
-        load_pretrained(model, source, num_classes=0, in_chans=channels, filter_fn=adapt)
+        load_pretrained(model, source, num_classes=classes, in_chans=channels, filter_fn=adapt)
     except OSError as error:
         raise UsageError(
             f"model.weights {config.weights!r}: the hub is not reachable and has left no copy here "
