@@ -1,4 +1,7 @@
 from .calibration import fit_temperature as fit_temperature
+from .candidates import Candidate as Candidate
+from .candidates import check_candidate as check_candidate
+from .candidates import see_cases as see_cases
 from .decision import cost_of_ownership as cost_of_ownership
 from .decision import measure_gain as measure_gain
 from .decision import measure_latency as measure_latency
@@ -11,6 +14,8 @@ from .metrics import operating_point as operating_point
 from .model_card import write_model_card as write_model_card
 from .predictions import read_predictions as read_predictions
 from .predictions import write_predictions as write_predictions
+from .ranking import Ranking as Ranking
+from .ranking import rank as rank
 from .report import Report as Report
 from .report import write_report as write_report
 from .robustness import STRESSES as STRESSES

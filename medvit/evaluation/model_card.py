@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from medvit.evaluation.report import Report, without_nan
+from medvit.evaluation.plain import without_nan
+from medvit.evaluation.report import Report
 from medvit.records import Case
 
 if TYPE_CHECKING:

@@ -14,7 +14,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -31,6 +30,7 @@ from medvit.evaluation.forest import draw_groups
 from medvit.evaluation.further import Further, save_further
 from medvit.evaluation.metrics import Interval
 from medvit.evaluation.physics import CORRUPTIONS
+from medvit.evaluation.plain import without_nan
 from medvit.evaluation.predictions import OneVsRest, check_predictions, class_names, one_vs_rest
 from medvit.evaluation.robustness_chart import draw_robustness
 
@@ -232,16 +232,3 @@ def _worst(robustness: Robustness | None) -> tuple[str, Level, str] | None:
     levels = [(c.name, level, c.unit) for c in curves if c.name in CORRUPTIONS for level in c.levels]
     certain = [one for one in levels if one[1].change.high < 0]
     return min(certain, key=lambda one: one[1].change.point, default=None)
-
-
-def without_nan(value: Any) -> Any:
-    """JSON has no NaN: undefined becomes null."""
-    match value:
-        case dict():
-            return {key: without_nan(item) for key, item in value.items()}
-        case list() | tuple():
-            return [without_nan(item) for item in value]
-        case float() if math.isnan(value):
-            return None
-        case _:
-            return value
