@@ -1,6 +1,6 @@
 """A labelled folder made ready: scanned, joined with its labels, decoded into the cache, and shown to the person.
 
-Shared by medvit-train and medvit-evaluate.
+Shared by medvit-train, medvit-rank and medvit-evaluate.
 """
 
 from __future__ import annotations
