@@ -162,6 +162,16 @@ def test_features_are_of_the_slices_that_a_prediction_looks_at(model):
     np.testing.assert_allclose(softmax(logits, 1.5)[1], probability(model, scan(1))[0], atol=1e-6)
 
 
+@pytest.mark.parametrize("batch_slices", [1, 4, 12, 100])
+def test_mean_features_of_many_cases_are_those_of_each(batch_slices, model):
+    scans = [scan(seed, slices) for seed, slices in enumerate((1, 9, 3, 1, 2))]
+    encoder = dataclasses.replace(model.encoder, batch_slices=batch_slices)
+    found = list(encoder.means(prepare_slices(one, PREPROCESSING) for one in scans))
+    assert len(found) == len(scans)
+    for mean, features in zip(found, model.features(scans), strict=True):
+        np.testing.assert_allclose(mean, features.mean(axis=0), atol=1e-5)
+
+
 def test_encoding_in_the_middle_of_training_has_no_dropout_and_leaves_training_mode(run):
     classifier = open_bundle(run)[0].train()
     encoder = Encoder(classifier, PREPROCESSING, MEAN, STD)

@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
     settings = [word for word in arguments.weights if is_setting(word)]
     config = load_config(arguments.config, [*arguments.overrides, *settings])
     candidates = read_candidates([word for word in arguments.weights if word not in settings], config)
-    with Display() as display, tempfile.TemporaryDirectory(prefix=".medvit-cache-") as scratch:
+    with Display() as display, tempfile.TemporaryDirectory(prefix="medvit-") as scratch:
         display.start("loading each candidate once", len(candidates))
         for candidate in candidates:
             evaluation.check_candidate(candidate, config)

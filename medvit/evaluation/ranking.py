@@ -22,17 +22,8 @@ from medvit.evaluation.bootstrap import PatientBootstrap, exact_at_limit
 from medvit.evaluation.candidates import Sight
 from medvit.evaluation.metrics import Interval
 from medvit.evaluation.plain import without_nan
-from medvit.evaluation.transfer import (
-    Labelled,
-    Probe,
-    h_score,
-    label_curve,
-    leep,
-    linear_probe,
-    logme,
-    nearest_neighbour,
-    normalised_gain,
-)
+from medvit.evaluation.probe import Labelled, Probe, label_curve, linear_probe, nearest_neighbour
+from medvit.evaluation.transfer import h_score, leep, logme, normalised_gain
 from medvit.objectives.discrepancy import has_estimate, mmd2
 
 Names = npt.NDArray[np.str_]

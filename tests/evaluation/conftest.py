@@ -1,4 +1,4 @@
-"""Synthetic predictions: several cases per patient, sites that differ in prevalence, one served worse."""
+"""Synthetic predictions (several cases per patient, sites that differ in prevalence, one served worse) and features."""
 
 from collections.abc import Callable
 
@@ -7,6 +7,15 @@ import pandas as pd
 import pytest
 
 Cohort = Callable[..., pd.DataFrame]
+
+
+def make_cases(n=60, width=8, patients=24, classes=2, seed=0):
+    """Features in which classes are apart, several cases per patient, patients of both classes among them."""
+    rng = np.random.default_rng(seed)
+    groups = np.array([f"p{number}" for number in rng.integers(0, patients, n)])
+    labels = rng.integers(0, classes, n)
+    centres = 1.5 * rng.normal(size=(classes, width))
+    return rng.normal(size=(n, width)) + centres[labels], labels, groups
 
 
 def make_cohort(
