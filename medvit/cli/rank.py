@@ -72,14 +72,13 @@ def main(argv: list[str] | None = None) -> int:
         cache_dir = config.data.cache_dir or data.default_cache_dir(Path(scratch))
         study = prepare(arguments, cache_dir, config.preprocessing, display)
         show_study(study, [], display)
+        cases = [case for case in study.cases if case.label is not None]  # a split column may name unlabelled targets
         sights = {}
         for candidate in candidates:
-            display.start(f"features of {candidate.name}", len(study.cases))
-            sights[candidate.name] = evaluation.see_cases(
-                candidate, config, study.cases, study.cache.load, display.step
-            )
+            display.start(f"features of {candidate.name}", len(cases))
+            sights[candidate.name] = evaluation.see_cases(candidate, config, cases, study.cache.load, display.step)
         display.start("probes", 0)
-        columns = [(str(case.label), case.group, case.site) for case in study.cases]
+        columns = [(str(case.label), case.group, case.site) for case in cases]
         labels, groups, sites = (np.array(column) for column in zip(*columns, strict=True))
         ranking = evaluation.rank(sights, SCRATCH, labels, groups, sites, config.evaluation)
     document = json.dumps(ranking.to_document(), indent=1)
@@ -150,7 +149,7 @@ def show(ranking: evaluation.Ranking) -> None:
     for line in (
         f"{first.weights} by labelled patients trained on, AUROC of the probe: {points}",
         f"Ordered by the linear probe. With {ranking.patients} patients, differences within intervals mean nothing. No "
-        "score predicts reliably what fine-tuning finds: take the order as advice, and train more than the first.",
+        "score predicts reliably what fine-tuning finds: take the order as advice, and train the first by each score.",
     ):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
