@@ -214,7 +214,7 @@ class InferenceConfig(_Section):
 class AttentionConfig(_Section):
     """Relevance maps in the report: how they are judged, and pictures. Pictures show patients."""
 
-    minutes: float = Field(1.0, ge=0, description="time cap of judging maps; the report says how many cases it allowed")
+    minutes: float = Field(2.0, ge=0, description="time cap of judging maps; the report says how many cases it allowed")
     cases: int = Field(24, ge=3, description="case cap of judging maps")
     slices: int = Field(3, ge=1, description="slices of a case that are explained: those that counted most")
     pictures: int = Field(6, ge=0, description="slices to draw: calls, false alarms and misses, the surest of each")
@@ -239,9 +239,10 @@ class RobustnessConfig(_Section):
     """How AUROC changes with noise, kernel, drift, thickness, metal, motion and attacks."""
 
     minutes: float = Field(
-        2.0, gt=0, description="time for all curves together; each takes as many cases as fit into its share"
+        3.0, gt=0, description="time for all curves together; each takes as many cases as fit into its share"
     )
     cases: int = Field(60, ge=1, description="most cases of a curve")
+    slices: int = Field(4, ge=1, description="most slices of a case that are looked at, evenly spaced, clean or worse")
     seed: int = Field(0, ge=0, description="of the choice of cases and of the noise")
 
 

@@ -115,7 +115,7 @@ def predict_labelled(
                 rows.append(prediction.to_row())
                 features.append(pooled)
             display.step()
-        further = look_into(judged, settings, display, labelled=int(model.info.provenance.get("cases", 0)))
+        further = look_into(judged, settings, display)
         patients = [one.case.patient_id for one in judged]
         further = replace(further, drift=evaluation.compare_batch(model.reference, features, patients))
     path = arguments.output / "predictions.csv"
@@ -148,7 +148,7 @@ def show_report(report: evaluation.Report, further: evaluation.Further) -> None:
         )
     if further.drift is not None:
         alike = "unlike" if further.drift.p < 1 - report.confidence else "not told from"
-        lines.append(f"drift        as a whole {alike} what the model knows (p {further.drift.p:.3f})")
+        lines.append(f"drift        as a whole {alike} what the model knows (p {further.drift.p:.2g})")
     if further.latency is not None:
         lines.append(f"latency      {further.latency.median:.2g} s a case")
     lines.append(f"report       {report.path}")

@@ -37,7 +37,12 @@ def refused_row(model: medvit.Model, case: Case, code: str) -> dict[str, Any]:
 
 
 def look_into(
-    judged: Sequence[medvit.Judged], settings: EvaluationConfig, display: Display, *, labelled: int, hours: float = 0.0
+    judged: Sequence[medvit.Judged],
+    settings: EvaluationConfig,
+    display: Display,
+    *,
+    labelled: int = 0,
+    hours: float | None = None,
 ) -> evaluation.Further:
     """What a report says beyond its figures: what the model looked at, how long it takes, what that costs.
 
@@ -46,19 +51,20 @@ def look_into(
         settings: what is asked for, and caps.
         display: where progress goes.
         labelled: cases that were labelled for training.
-        hours: of computing that training took.
+        hours: of computing that training took; None where it is not known: then neither are costs.
     """
     if not judged:
         return evaluation.Further()
     explanation = None
     if settings.attention is not None:
         display.start("what it looked at", settings.attention.cases)
-        explanation = evaluation.explain(judged, settings.attention, display.step)
+        explanation = evaluation.explain(judged, settings, display.step)
     robustness = None
     if settings.robustness is not None:
         display.start("what breaks it", len(evaluation.STRESSES))
         robustness = evaluation.measure_robustness(judged, settings, display.step)
     latency = evaluation.measure_latency(judged)
-    prices = settings.prices
-    cost = None if prices is None else evaluation.cost_of_ownership(prices, latency, labelled, hours)
+    cost = None
+    if settings.prices is not None and hours is not None:
+        cost = evaluation.cost_of_ownership(settings.prices, latency, labelled, hours)
     return evaluation.Further(explanation=explanation, robustness=robustness, latency=latency, cost=cost)

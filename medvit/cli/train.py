@@ -95,11 +95,11 @@ def train(arguments: argparse.Namespace, config: Config) -> int:
         if arguments.dry_run:
             show_estimate(experiment, folds, display)
             return EXIT_DONE
+        began = time.monotonic()
         if arguments.sweep:
             experiment = sweep(experiment, folds, arguments.sweep, display)
-        began = time.monotonic()
         result = experiment.run(folds)
-        hours = (time.monotonic() - began) / 3600
+        hours = None if arguments.resume else (time.monotonic() - began) / 3600
         if processes.first():
             write_cases(output / "cases.csv", study.cases, folds)
             evaluation.write_predictions(list(result.predictions), output / "predictions.csv")
@@ -188,12 +188,13 @@ def write_cases(path: Path, cases: Sequence[Case], folds: Sequence[data.Fold]) -
 
 
 def write_reports(
-    study: Study, experiment: training.Experiment, result: training.Result, hours: float, display: Display
+    study: Study, experiment: training.Experiment, result: training.Result, hours: float | None, display: Display
 ) -> tuple[evaluation.Report, evaluation.Further]:
     """The report on held-out cases in RUN, and the model card in its bundle."""
     output, settings, origin = experiment.folder, experiment.config.evaluation, about(study, experiment)
     labelled = sum(case.label is not None for case in study.cases)
     further = look_into(result.judged, settings, display, labelled=labelled, hours=hours)
+    further = replace(further, learning=evaluation.how_it_went([history.rows for history in result.histories]))
     display.start("report", 0)
     frame = evaluation.read_predictions(output / "predictions.csv")
     report = evaluation.write_report(frame, output / "report", settings, origin, further)

@@ -4,11 +4,12 @@ from .candidates import check_candidate as check_candidate
 from .candidates import see_cases as see_cases
 from .decision import cost_of_ownership as cost_of_ownership
 from .decision import measure_gain as measure_gain
-from .decision import measure_latency as measure_latency
 from .drift import compare_batch as compare_batch
 from .explanation import explain as explain
 from .further import Further as Further
 from .further import load_further as load_further
+from .latency import measure_latency as measure_latency
+from .learning_curve import how_it_went as how_it_went
 from .metrics import macro_auroc as macro_auroc
 from .metrics import operating_point as operating_point
 from .model_card import write_model_card as write_model_card

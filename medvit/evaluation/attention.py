@@ -44,14 +44,13 @@ def rollout(attention: Sequence[Tensor], _gradients: Sequence[Tensor]) -> Tensor
 
 
 def gradient_rollout(attention: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
-    """R = 1, then R + sum over heads of (gradient x attention, where positive) @ R, block by block; less 1 at the end.
+    """R = 1, then R + mean over heads of (gradient x attention, where positive) @ R, block by block; less 1 at the end.
 
     Without the 1 only what attention carried is left: that every token begins as itself says nothing about the class.
-    Heads are summed and not averaged, as their shares of the score are, and as what reaches it without attention is.
     """
     flow = start = torch.eye(attention[0].shape[-1])[None]
     for weights, gradient in zip(attention, gradients, strict=True):
-        flow = flow + (weights * gradient).clamp(min=0).sum(dim=1) @ flow
+        flow = flow + (weights * gradient).clamp(min=0).mean(dim=1) @ flow
     return flow - start
 
 
@@ -63,7 +62,9 @@ FLOWS: dict[Method, Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]] = {
 """(attention, its gradients), one (B, heads, N, N) per block -> (B, N, N): how much token j went into final token i."""
 
 
-def relevance_maps(encoder: Encoder, slices: Slices, target: int, at: Sequence[int]) -> dict[Method, Floats]:
+def relevance_maps(
+    encoder: Encoder, slices: Slices, features: Floats, target: int, at: Sequence[int]
+) -> dict[Method, Floats]:
     """How much each patch of some slices had to do with the score of a class.
 
     The scores of all slices of a study are on one scale, so that they can be ranked together.
@@ -71,6 +72,7 @@ def relevance_maps(encoder: Encoder, slices: Slices, target: int, at: Sequence[i
     Args:
         encoder: classifier and what it is shown; its backbone must be `watchable`.
         slices: int16 HU (S, H, H), those that the prediction looked at.
+        features: (S, D) of them, as `encoder.encode` gives.
         target: class index.
         at: which of them to explain.
 
@@ -80,8 +82,7 @@ def relevance_maps(encoder: Encoder, slices: Slices, target: int, at: Sequence[i
     Raises:
         UsageError: the backbone has no attention to watch.
     """
-    features = torch.as_tensor(encoder.encode(slices))
-    towards, weights = _class_gradient(encoder, features, target)
+    towards, weights = _class_gradient(encoder, torch.as_tensor(features), target)
     parts: dict[Method, list[Tensor]] = {method: [] for method in FLOWS}
     for start in range(0, len(at), WATCHED_AT_ONCE):
         some = list(at[start : start + WATCHED_AT_ONCE])
@@ -113,27 +114,15 @@ def _watch(encoder: Encoder, slices: Slices, towards: Tensor, weights: Tensor) -
     device = next(backbone.parameters()).device
     with torch.enable_grad(), encoder.judging(), watched_attention(backbone) as seen:
         values = encoder.values(slices).to(device).requires_grad_()  # a frozen backbone has gradients all the same
-        tokens = backbone.tokens(values)
+        score = (backbone(values) * towards.to(device)).sum()
         attention = list(seen)
-        score = (backbone.summed_up(tokens) * towards.to(device)).sum()
-        # by these alone: nothing is left in the weights
-        by_tokens, *gradients = torch.autograd.grad(score, [tokens, *attention])
+        gradients = torch.autograd.grad(score, attention)  # by these alone: nothing is left in the weights
     kept = [one.detach().float().cpu() for one in attention]
     slopes = [one.float().cpu() for one in gradients]
     start, patches = _read_out(backbone, kept[0].shape[-1]), slice(backbone.prefix_tokens, None)
     found = {name: torch.einsum("i,bij->bj", start, flow(kept, slopes))[:, patches] for name, flow in FLOWS.items()}
-    direct = _read_directly(tokens.detach()[:, patches], by_tokens[:, patches]).cpu()
     # gradients know how much a slice counts; the other maps are told
-    return {name: one + direct if name == "gradient" else one * weights[:, None] for name, one in found.items()}
-
-
-def _read_directly(tokens: Tensor, gradient: Tensor) -> Tensor:
-    """(B, P): what each patch's final token adds to the score beyond the mean patch, where positive.
-
-    Features that hold the mean of patch tokens reach the score without attention: a finding may do so, too.
-    """
-    beyond = tokens - tokens.mean(dim=1, keepdim=True)
-    return (gradient * beyond).sum(dim=-1).clamp(min=0).float()
+    return {name: one if name == "gradient" else one * weights[:, None] for name, one in found.items()}
 
 
 def _read_out(backbone: Backbone, tokens: int) -> Tensor:

@@ -74,7 +74,7 @@ class Robustness:
         curves: measured.
         not_measured: the others.
         available: labelled cases that the models judge; they would not judge `refused` more.
-        case_cap: most cases of a curve.
+        case_cap: most cases of a curve; `slices` most slices of a case.
         minutes: time cap; `seconds` were used.
         seed: of the choice of cases and of all draws.
         draws: of the patient bootstrap, with `confidence`.
@@ -85,6 +85,7 @@ class Robustness:
     available: int
     refused: int
     case_cap: int
+    slices: int
     minutes: float
     seconds: float
     seed: int
@@ -98,7 +99,8 @@ class Robustness:
         used = " to ".join(str(count) for count in dict.fromkeys([counts[0], counts[-1]])) if counts else "none"
         return (
             f"Measured on {used} of {self.available} labelled cases (at most {self.case_cap}) in {self.seconds:.0f} s "
-            f"(at most {self.minutes:g} minutes, and what was begun is finished), without test-time augmentation."
+            f"(at most {self.minutes:g} minutes, and what was begun is finished), on up to "
+            f"{self.slices} slices of each, without test-time augmentation."
         )
 
 

@@ -7,28 +7,18 @@ assumed that the configuration does not say.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-import numpy as np
 import pandas as pd
 
 from medvit.config import EvaluationConfig, PricesConfig
 from medvit.evaluation.bootstrap import PatientBootstrap, percentile_interval
-from medvit.evaluation.figures import mean_figures
+from medvit.evaluation.figures import mean_figures, patients_behind
 from medvit.evaluation.metrics import Interval
 from medvit.evaluation.predictions import class_names, one_vs_rest
 from medvit.records import UsageError
 
-if TYPE_CHECKING:  # reports of anybody's predictions start without torch
-    from medvit.inference import Judged
-
 COMPARED = ("auroc", "sensitivity", "specificity")
-
-TIMED = 10
-"""Cases whose prediction is timed, after one to warm up."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,13 +42,14 @@ class Gain:
 
 @dataclass(frozen=True, kw_only=True)
 class Latency:
-    """Seconds per case from prepared slices to prediction, one case at a time, on `threads` CPU threads or `device`."""
+    """Seconds per case from prepared slices to prediction, one case at a time, on a device or so many CPU `threads`."""
 
     median: float
-    p95: float
+    slowest: float
     cases: int
     slices: float
     device: str
+    threads: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,42 +98,18 @@ def measure_gain(frame: pd.DataFrame, baseline: pd.DataFrame, name: str, setting
     points, draws = bootstrap.apply(
         lambda weights: mean_figures(views[0], COMPARED, weights) - mean_figures(views[1], COMPARED, weights)
     )
-    patients = own["patient_id"].nunique()
+    patients, behind = own["patient_id"].nunique(), patients_behind(views[0], bootstrap)
     intervals = {
-        figure: percentile_interval(float(points[i]), draws[:, i], settings.confidence, patients)
+        figure: percentile_interval(float(points[i]), draws[:, i], settings.confidence, behind[figure])
         for i, figure in enumerate(COMPARED)
     }
     return Gain(baseline=name, cases=len(shared), patients=patients, **intervals)
 
 
-def measure_latency(judged: Sequence[Judged]) -> Latency:
-    """Predict a few cases again, one by one, and take the time.
-
-    Raises:
-        ValueError: no case.
-    """
-    if not judged:
-        raise ValueError("latency is measured on cases: there is none")
-    some, seconds = judged[:TIMED], []
-    for one in (some[0], *some):
-        slices = one.load(one.case)
-        began = time.perf_counter()
-        one.model.encoder.study(slices)
-        seconds.append(time.perf_counter() - began)
-    device = next(some[0].model.encoder.classifier.parameters()).device
-    return Latency(
-        median=float(np.median(seconds[1:])),
-        p95=float(np.quantile(seconds[1:], 0.95)),
-        cases=len(some),
-        slices=float(np.mean([len(one.prediction.slice_weights) for one in some])),
-        device=str(device),
-    )
-
-
 def cost_of_ownership(prices: PricesConfig, latency: Latency, labelled_cases: int, training_hours: float) -> Cost:
     """Training, operation and maintenance over the years of use.
 
-    Training: labelling and computing, once at the beginning and again at every update. Operation: machine time of every
+    Training: labelling once, computing at the beginning and again at every update. Operation: machine time of every
     study, and what the service costs a year. Maintenance: hours of people.
     """
     once = labelled_cases * prices.label_case + training_hours * prices.machine_hour

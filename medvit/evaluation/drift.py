@@ -43,7 +43,8 @@ def drift_test(
 ) -> Drift | None:
     """Compare features of a batch (N, D) with those of reference patients (M, D); one row per patient.
 
-    Features count in standard deviations of the reference. None with too few patients on either side.
+    Features count in standard deviations of both together: a scale of one side would tell the sides apart after any
+    shuffle. None with too few patients on either side.
 
     Raises:
         ValueError: the two have not the same features.
@@ -52,8 +53,8 @@ def drift_test(
         return None
     if reference.shape[1:] != batch.shape[1:]:
         raise ValueError(f"features of shape {reference.shape} and {batch.shape}: of the same model?")
-    scale = np.maximum(reference.std(axis=0, dtype=np.float64), 1e-6)
-    kernel = gaussian_kernel(np.concatenate([reference, batch]).astype(np.float64) / scale)
+    everybody = np.concatenate([reference, batch]).astype(np.float64)
+    kernel = gaussian_kernel(everybody / np.maximum(everybody.std(axis=0), 1e-6))
     share = np.repeat([1 / len(reference), -1 / len(batch)], [len(reference), len(batch)])
     rng = np.random.default_rng(seed)
     shuffled = np.stack([rng.permutation(share) for _ in range(draws)])

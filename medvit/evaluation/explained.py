@@ -6,6 +6,9 @@ from dataclasses import dataclass, field
 
 from medvit.evaluation.metrics import Interval
 
+PREFERRED = ("gradient", "rollout", "attention")
+"""The first knows the class, the second all blocks."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Faithfulness:
@@ -59,7 +62,7 @@ class Explanation:
     Attributes:
         maps: name -> how good it is, the rival "centre" among them; empty where nothing could be said.
         cases: on which maps were judged, of `available` ones, in `seconds` with at most `slices` slices each.
-        pictures: of gradient rollout.
+        pictures: with the map that is `shown`; where none is, with gradient rollout.
         note: why there is less than asked for; empty.
     """
 
@@ -72,6 +75,6 @@ class Explanation:
     note: str = ""
 
     @property
-    def believable(self) -> bool:
-        """Whether gradient rollout does better than both rivals."""
-        return "gradient" in self.maps and self.maps["gradient"].beats_both
+    def shown(self) -> str:
+        """The map that is shown: the first of gradient rollout, rollout and attention that beats both rivals, or ""."""
+        return next((name for name in PREFERRED if name in self.maps and self.maps[name].beats_both), "")

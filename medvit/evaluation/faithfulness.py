@@ -19,9 +19,10 @@ from medvit.data.pipelines import Slices
 from medvit.evaluation.bootstrap import PatientBootstrap
 from medvit.evaluation.explained import Faithfulness
 from medvit.evaluation.metrics import Floats, Interval, divide
+from medvit.evaluation.physics import draws
 from medvit.inference import Encoder, softmax
 
-STEPS = 10
+STEPS = 5
 """Shares in which patches go or come."""
 
 BLUR = 1 / 8
@@ -59,6 +60,7 @@ class Areas(NamedTuple):
 def deletion_insertion(
     encoder: Encoder,
     slices: Slices,
+    features: npt.NDArray[np.float32],
     target: int,
     at: Sequence[int],
     maps: Mapping[str, npt.NDArray[np.floating]],
@@ -69,6 +71,7 @@ def deletion_insertion(
     Args:
         encoder: classifier and what it is shown.
         slices: int16 HU (S, H, H), those that the prediction looked at.
+        features: (S, D) of them, as `encoder.encode` gives.
         target: class index whose probability (temperature 1) is followed.
         at: which slices are explained; the others stay as they are.
         maps: name -> (len(at), rows, columns).
@@ -82,7 +85,7 @@ def deletion_insertion(
         for share in shares:
             gone = _enlarged(_first(one, share), slices.shape[-1] // rows, slices.shape[-1] // columns)
             stacks += [np.where(gone, filled, explained), np.where(gone, explained, filled)]
-    whole, nothing, *between = _probabilities(encoder, slices, target, at, np.stack(stacks))
+    whole, nothing, *between = _probabilities(encoder, features, target, at, np.stack(stacks))
     found = {}
     for number, name in enumerate(maps):
         own = between[number * 2 * len(shares) : (number + 1) * 2 * len(shares)]
@@ -105,10 +108,13 @@ def _enlarged(patches: npt.NDArray[np.bool_], down: int, across: int) -> npt.NDA
 
 
 def _probabilities(
-    encoder: Encoder, slices: Slices, target: int, at: Sequence[int], stacks: npt.NDArray[np.int16]
+    encoder: Encoder,
+    known: npt.NDArray[np.float32],
+    target: int,
+    at: Sequence[int],
+    stacks: npt.NDArray[np.int16],
 ) -> list[float]:
     """Of the study with other pictures (n, A, H, H) for the explained slices; (n,)."""
-    known = encoder.encode(slices)
     changed = encoder.encode(stacks.reshape(-1, *stacks.shape[2:])).reshape(*stacks.shape[:2], -1)
     studies = []
     for one in changed:
@@ -125,30 +131,26 @@ def centre_map(shape: tuple[int, int, int]) -> Floats:
     return np.broadcast_to(-np.hypot(down[:, None] / rows, across / columns), shape).copy()
 
 
-def random_map(shape: tuple[int, int, int], *seed: int) -> Floats:
-    """The rival that points anywhere."""
-    return np.random.default_rng(seed).random(shape)
+def random_map(shape: tuple[int, int, int], seed: int, case_id: str) -> Floats:
+    """The rival that points anywhere, elsewhere in each case."""
+    return draws(seed, case_id).random(shape)
 
 
-def summarise(
-    areas: Mapping[str, Sequence[Areas]], random: Sequence[Sequence[Areas]], bootstrap: PatientBootstrap
-) -> dict[str, Faithfulness]:
+def summarise(areas: Mapping[str, Sequence[Areas]], bootstrap: PatientBootstrap) -> dict[str, Faithfulness]:
     """Over cases, with intervals by resampling patients.
 
     Args:
-        areas: map -> areas of each case; "centre" among them.
-        random: several random orders, areas of each case of each.
+        areas: map -> areas of each case; the rivals "centre" and "random" (another order for each case) among them.
         bootstrap: of the cases.
     """
-    by_chance = np.mean([[one.difference for one in order] for order in random], axis=0)
-    by_centre = np.array([one.difference for one in areas["centre"]])
+    by_chance, by_centre = (np.array([one.difference for one in areas[name]]) for name in ("random", "centre"))
 
     def over(rival: Floats, own: Floats) -> Interval:
         gain = own - rival
         return bootstrap.interval(lambda weights: divide(weights @ gain, weights.sum(axis=1)))
 
     found = {}
-    for name in areas:
+    for name in (one for one in areas if one != "random"):
         own = np.array([one.difference for one in areas[name]])
         found[name] = Faithfulness(
             deletion=float(np.mean([one.deletion for one in areas[name]])),

@@ -40,15 +40,21 @@ def measure_figures(view: OneVsRest, bootstrap: PatientBootstrap) -> dict[str, I
     """Mean over the C one-vs-rest questions of every figure in FIGURES."""
     names = list(FIGURES)
     points, draws = bootstrap.apply(lambda weights: mean_figures(view, names, weights))
-    positive = min(bootstrap.count(truth) for truth in view.truth.T)
-    negative = min(bootstrap.count(~truth) for truth in view.truth.T)
-    exact = {"auroc": min(positive, negative), "sensitivity": positive, "specificity": negative}
-    rest_on = dict.fromkeys(names, min(positive, negative)) | exact
+    rest_on = patients_behind(view, bootstrap)
+    exact = {name: rest_on[name] for name in ("auroc", "sensitivity", "specificity")}
     intervals = {
         name: percentile_interval(float(points[i]), draws[:, i], bootstrap.confidence, rest_on[name])
         for i, name in enumerate(names)
     }
     return intervals | {k: exact_at_limit(intervals[k], n, bootstrap.confidence) for k, n in exact.items()}
+
+
+def patients_behind(view: OneVsRest, bootstrap: PatientBootstrap) -> dict[str, int]:
+    """On how many patients each of FIGURES rests: those with the rarer answer, or with the one that it is about."""
+    positive = min(bootstrap.count(truth) for truth in view.truth.T)
+    negative = min(bootstrap.count(~truth) for truth in view.truth.T)
+    fewest = min(positive, negative)
+    return dict.fromkeys(FIGURES, fewest) | {"sensitivity": positive, "specificity": negative}
 
 
 def mean_figures(view: OneVsRest, names: Sequence[str], weights: Floats) -> Floats:

@@ -15,6 +15,7 @@ from medvit.evaluation.curves import Robustness
 from medvit.evaluation.decision import Cost, Gain, Latency
 from medvit.evaluation.drift import Drift
 from medvit.evaluation.explained import Explanation
+from medvit.evaluation.learning_curve import Learning
 from medvit.records import UsageError
 
 FILE = "further.json"
@@ -26,6 +27,7 @@ class Further:
     """Each part is None where it was not asked for or cannot be known; `report.html` then says how to get it.
 
     Attributes:
+        learning: how training went, one of each fold; empty where it is not known.
         explanation: what the model looked at.
         robustness: AUROC on pictures made worse.
         drift: whether these cases as a whole are like those that the model knows.
@@ -36,6 +38,7 @@ class Further:
 
     __pydantic_config__ = ConfigDict(ser_json_bytes="base64", val_json_bytes="base64", ser_json_inf_nan="constants")
 
+    learning: tuple[Learning, ...] = ()
     explanation: Explanation | None = None
     robustness: Robustness | None = None
     drift: Drift | None = None
@@ -45,9 +48,9 @@ class Further:
 
     def to_json(self) -> dict[str, Any]:
         """For metrics.json: without pictures."""
-        parts = {name: asdict(part) for name, part in vars(self).items() if part is not None}
-        for part in parts.values():
-            part.pop("pictures", None)
+        parts = {name: part for name, part in asdict(self).items() if part}
+        if "explanation" in parts:
+            del parts["explanation"]["pictures"]
         return parts
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,31 @@ EPOCHS_IN_A_ROW = 3
 
 CHANCE = 0.5
 """AUROC of a model that has learned nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Learning:
+    """How the training of one model went.
+
+    Attributes:
+        fold: which; 0 where there is one split.
+        epochs: that it took.
+        converged: `convergence_epoch`.
+        overfit: `overfitting_onset`.
+    """
+
+    fold: int
+    epochs: int
+    converged: int | None
+    overfit: int | None
+
+
+def how_it_went(histories: Sequence[History]) -> tuple[Learning, ...]:
+    """Of each fold's history."""
+    return tuple(
+        Learning(fold=fold, epochs=len(rows), converged=convergence_epoch(rows), overfit=overfitting_onset(rows))
+        for fold, rows in enumerate(histories)
+    )
 
 
 def read_history(path: str | Path) -> dict[int, list[dict[str, Any]]]:

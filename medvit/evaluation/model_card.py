@@ -47,6 +47,9 @@ OUT_OF_SCOPE = (
 )
 """Uses that are never intended, whatever a person fills in."""
 
+OLDEST = 90
+"""Stands for itself and more: an exact age above identifies (HIPAA safe harbour, 45 CFR 164.514)."""
+
 FIGURES = (
     *("auroc", "auroc_within_folds", "average_precision", "sensitivity", "specificity"),
     *("brier", "ece", "calibration_slope", "calibration_intercept"),
@@ -109,7 +112,7 @@ def _data(cases: Sequence[Case]) -> dict[str, Any]:
         "labels": _counted(case.label or "no label" for case in cases),
         "sites": _counted(case.site or "not given" for case in cases),
         "sex": _counted(case.sex or "not given" for case in cases),
-        "age_years": {"youngest": min(ages), "oldest": max(ages)} if ages else None,
+        "age_years": {"youngest": min(*ages, OLDEST), "oldest": min(max(ages), OLDEST)} if ages else None,
         "age_not_given": len(cases) - len(ages),
     }
 
@@ -144,7 +147,11 @@ def _evaluation(report: Report) -> dict[str, Any]:
 
 def _warnings(report: Report) -> list[str]:
     """What the figures themselves say against relying on them."""
-    found = [] if math.isnan(report.auroc.low) or report.auroc.low > 0.5 else ["AUROC may be no better than chance."]
+    found = []
+    if math.isnan(report.auroc.low):
+        found.append("AUROC or its interval is undefined: nothing is known of how well classes are told apart.")
+    elif report.auroc.low <= 0.5:
+        found.append("AUROC may be no better than chance.")
     for table in report.fairness:
         name = table.attribute.replace("_", " ")
         if table.auroc_alone.low > 0.5:

@@ -35,7 +35,7 @@ from medvit.evaluation.predictions import OneVsRest, check_predictions, class_na
 from medvit.evaluation.robustness_chart import draw_robustness
 
 SCHEMA_VERSION = 1
-"""Of metrics.json and fairness.json; README lists their fields."""
+"""Of metrics.json and fairness.json; docs/report_schema.md lists their fields."""
 
 PAIRED = {"tpr": "TPR", "fpr": "FPR", "ppv": "PPV", "npv": "NPV", "auroc": "AUROC", "selection_rate": "Called"}
 """Figures whose differences between pairs of groups the page shows; fairness.json has them all."""
@@ -227,8 +227,9 @@ def _render(
 
 
 def _worst(robustness: Robustness | None) -> tuple[str, Level, str] | None:
-    """Of what hospitals do to pictures, not adversaries: the largest loss of AUROC that is not chance."""
+    """Of what hospitals do to pictures, not adversaries nor mere noise: the largest loss beyond chance by itself."""
     curves = robustness.curves if robustness else ()
-    levels = [(c.name, level, c.unit) for c in curves if c.name in CORRUPTIONS for level in c.levels]
+    hospital = CORRUPTIONS.keys() - {"white"}
+    levels = [(c.name, level, c.unit) for c in curves if c.name in hospital for level in c.levels]
     certain = [one for one in levels if one[1].change.high < 0]
     return min(certain, key=lambda one: one[1].change.point, default=None)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -33,6 +33,11 @@ it would never have cases enough, and with as many cases as the others it would 
 LEAST_CASES = 12
 """A curve of fewer says nothing: it is not begun when the time would not do for so many (or all, where fewer exist)."""
 
+COST = {"FGSM": 3.0, "PGD": 21.0}
+"""Of one case at one severity, in clean predictions, the prediction itself included; of a corruption up to `COSTLY`."""
+
+COSTLY = 1.6
+
 
 def measure_robustness(
     judged: Iterable[Judged], settings: EvaluationConfig, progress: Callable[[str], None] = lambda _: None
@@ -51,13 +56,13 @@ def measure_robustness(
         raise UsageError("evaluation.robustness is null: give its settings, or do not measure robustness.")
     limits, began = settings.robustness, time.monotonic()
     labelled = [one for one in judged if one.case.label in one.model.info.classes]
-    willing = [one for one in labelled if not _refused(one)]
+    willing = [replace(one, model=_of_few_slices(one.model, limits.slices)) for one in labelled if not _refused(one)]
     study = _Study(in_order(willing, limits.seed)[: limits.cases], settings, limits)
     outcomes: list[Curve | NotMeasured] = []
     shares = {name: SHARES.get(name, 1) for name in STRESSES}
     for number, name in enumerate(STRESSES):
         left = 60 * limits.minutes - (time.monotonic() - began)
-        outcomes.append(study.measure(name, left * shares[name] / sum([*shares.values()][number:])))
+        outcomes.append(study.measure(name, left * shares[name] / sum([*shares.values()][number:]), left))
         progress(name)
     return Robustness(
         curves=tuple(one for one in outcomes if isinstance(one, Curve)),
@@ -65,6 +70,7 @@ def measure_robustness(
         available=len(willing),
         refused=len(labelled) - len(willing),
         case_cap=limits.cases,
+        slices=limits.slices,
         minutes=limits.minutes,
         seconds=time.monotonic() - began,
         seed=limits.seed,
@@ -107,9 +113,10 @@ class _Study:
     settings: EvaluationConfig
     limits: RobustnessConfig
     clean: dict[str, Prediction] = field(default_factory=dict)
+    once: float | None = None
 
-    def measure(self, name: str, share: float) -> Curve | NotMeasured:
-        """The curve of as many cases as fit into `share` seconds."""
+    def measure(self, name: str, share: float, left: float) -> Curve | NotMeasured:
+        """The curve of as many cases as fit into `share` seconds, of the fewest that say something if `left` allow."""
         began, least = time.monotonic(), min(LEAST_CASES, len(self.cases))
         rows: list[tuple[Judged, list[Prediction]]] = []
         reasons = {"there is no labelled case"} if not self.cases else set[str]()
@@ -118,25 +125,33 @@ class _Study:
             if reason := why_not(name, one.model, len(slices)):
                 reasons.add(reason)
                 continue
+            if not rows and (needed := least * self._seconds(name, one, slices)) > left:
+                return NotMeasured(name, f"{least} cases take about {needed:.0f} s, and {max(0, left):.0f} s were left")
             rows.append((one, self._predictions(one, slices, name)))
             each = (time.monotonic() - began) / len(rows)
-            if len(rows) == 1 and each * least > share:
-                return NotMeasured(
-                    name, f"{least} cases take {each * least:.0f} s, and {max(0, share):.0f} s were left"
-                )
             if len(rows) >= least and each * (len(rows) + 1) > share:
                 break
         if not rows:
             return NotMeasured(name, "; ".join(sorted(reasons)))
         return self._curve(name, rows, time.monotonic() - began)
 
+    def _seconds(self, name: str, one: Judged, slices: Slices) -> float:
+        """That a case is expected to take, from one clean prediction."""
+        began = time.monotonic()
+        self._as_it_is(one, slices)
+        if self.once is None:
+            self.once = time.monotonic() - began
+        return self.once * len(STRESSES[name].severities) * COST.get(name, COSTLY)
+
+    def _as_it_is(self, one: Judged, slices: Slices) -> Prediction:
+        if one.case.case_id not in self.clean:
+            self.clean[one.case.case_id] = one.model.predict_slices(slices, one.case)
+        return self.clean[one.case.case_id]
+
     def _predictions(self, one: Judged, slices: Slices, name: str) -> list[Prediction]:
         """Clean, and at each severity."""
-        model = one.model.with_views(None)
-        if one.case.case_id not in self.clean:
-            self.clean[one.case.case_id] = model.predict_slices(slices, one.case)
         shown = (worsened(one, slices, name, severity, self.limits.seed) for severity in STRESSES[name].severities)
-        return [self.clean[one.case.case_id], *(model.predict_slices(some, one.case) for some in shown)]
+        return [self._as_it_is(one, slices), *(one.model.predict_slices(some, one.case) for some in shown)]
 
     def _curve(self, name: str, rows: Sequence[tuple[Judged, list[Prediction]]], seconds: float) -> Curve:
         patients = np.array([one.case.patient_id for one, _ in rows])
@@ -170,6 +185,14 @@ def worsened(one: Judged, slices: Slices, name: str, severity: float, seed: int)
     if CORRUPTIONS[name].across_slices:
         return corrupt(name, slices, severity, rng, windows)[chosen]
     return corrupt(name, slices[chosen], severity, rng, windows)
+
+
+def _of_few_slices(model: Model, most: int) -> Model:
+    """The same model without test-time augmentation, looking at fewer slices: volumes take long."""
+    plain = model.with_views(None)
+    fewer = min(most, plain.encoder.preprocessing.predict_slices)
+    preprocessing = plain.encoder.preprocessing.model_copy(update={"predict_slices": fewer})
+    return replace(plain, encoder=replace(plain.encoder, preprocessing=preprocessing))
 
 
 def _refused(one: Judged) -> bool:

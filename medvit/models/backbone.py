@@ -68,10 +68,7 @@ class Backbone(nn.Module):
 
     def forward(self, slices: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, D)."""
-        return self.summed_up(self.tokens(slices))
-
-    def summed_up(self, tokens: Tensor) -> Tensor:
-        """What `tokens` gives -> (B, D)."""
+        tokens = self.tokens(slices)
         if self.features == "pooled":
             pooled: Tensor = self.model.forward_head(tokens, pre_logits=True)
             return pooled

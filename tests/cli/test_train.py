@@ -59,6 +59,7 @@ def test_metrics_have_one_row_per_epoch(trained):
 def test_report_tells_what_the_model_looked_at_and_how_long_it_takes(trained):
     numbers = json.loads((trained / "report" / "metrics.json").read_text(encoding="utf-8"))
     assert numbers["latency"]["cases"] > 0
+    assert [one["epochs"] for one in numbers["learning"]] == [2]
     assert 0 < numbers["explanation"]["cases"] <= numbers["explanation"]["available"]
     assert "data:image/png" in (trained / "report" / "report.html").read_text(encoding="utf-8")
 

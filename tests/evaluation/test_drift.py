@@ -8,7 +8,7 @@ from medvit.models.reference import SAMPLED, one_per_patient
 def test_it_is_the_discrepancy_of_the_definition():
     rng = np.random.default_rng(0)
     one, other = rng.normal(size=(12, 3)), rng.normal(1, 1, size=(15, 3))
-    scale = one.std(axis=0)
+    scale = np.concatenate([one, other]).std(axis=0)
     a, b = one / scale, other / scale
     everything = np.concatenate([a, b])
     distances = [np.sum((everything[i] - everything[j]) ** 2) for i in range(27) for j in range(i)]
@@ -27,6 +27,12 @@ def test_p_is_uniform_without_a_shift_whatever_the_sizes():
     p = [drift_test(rng.normal(size=(40, 5)), rng.normal(size=(15, 5)), draws=199).p for _ in range(400)]
     assert 0.02 < np.mean(np.array(p) <= 0.05) < 0.09
     assert 0.4 < np.mean(p) < 0.6
+
+
+def test_it_does_not_ring_with_many_features_and_few_patients():
+    rng = np.random.default_rng(1)
+    p = [drift_test(rng.normal(size=(10, 768)), rng.normal(size=(10, 768)), draws=99).p for _ in range(200)]
+    assert np.mean(np.array(p) <= 0.05) < 0.12
 
 
 def test_a_shift_of_everybody_is_found_though_nobody_is_an_outlier():

@@ -1,13 +1,17 @@
+import dataclasses
+
 import cv2
 import numpy as np
 import pytest
 
-from medvit.config import AttentionConfig
+from medvit.config import AttentionConfig, EvaluationConfig
 from medvit.evaluation.explanation import explain
+from medvit.evaluation.faithfulness import random_map
 from medvit.evaluation.overlays import GAP, SIDE, draw_overlay
+from medvit.records import UsageError
 from tests.evaluation.models import ARCHITECTURE, judged_cases, small_model
 
-QUICK = AttentionConfig(cases=4, slices=2, pictures=6)
+QUICK = EvaluationConfig(bootstrap=100, attention=AttentionConfig(cases=7, slices=2, pictures=6))
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +27,7 @@ def explanation(judged):
 def test_maps_are_judged_on_calls_within_the_cap(judged, explanation):
     called = [one for one in judged if one.prediction.predicted == "bleed"]
     assert explanation.available == len(called)
-    assert explanation.cases == min(4, len(called)) >= 3
+    assert explanation.cases == min(7, len(called)) >= 6
     assert list(explanation.maps) == ["attention", "rollout", "gradient", "centre"]
     assert explanation.note == ""
     assert explanation.seconds > 0
@@ -42,10 +46,37 @@ def test_pictures_show_calls_false_alarms_and_misses(judged, explanation):
 
 
 def test_no_time_leaves_pictures_and_says_why_maps_were_not_judged(judged):
-    found = explain(judged, QUICK.model_copy(update={"minutes": 0}))
-    assert (found.cases, found.maps, found.believable) == (0, {}, False)
+    found = explain(judged, EvaluationConfig(attention=AttentionConfig(minutes=0)))
+    assert (found.cases, found.maps, found.shown) == (0, {}, "")
     assert "time cap" in found.note
     assert found.pictures
+
+
+def test_the_surest_are_shown_where_the_threshold_is_far_from_one_half():
+    model = small_model()
+    judged = judged_cases(model, 1)
+    shares = {"sure alarm": 0.8, "alarm": 0.5, "unsure alarm": 0.12, "sure miss": 0.01, "unsure miss": 0.09}
+    many = []
+    for name, share in shares.items():
+        prediction = dataclasses.replace(
+            judged[0].prediction, probabilities={"none": 1 - share, "bleed": share}, threshold=0.1
+        )
+        label = "bleed" if "miss" in name else "none"
+        case = dataclasses.replace(judged[0].case, case_id=name, label=label)
+        many.append(dataclasses.replace(judged[0], case=case, prediction=prediction))
+    found = explain(many, EvaluationConfig(attention=AttentionConfig(minutes=0, pictures=2)))
+    assert {picture.case_id for picture in found.pictures} == {"sure alarm", "sure miss"}
+
+
+def test_chance_is_another_one_in_each_case(judged):
+    orders = [random_map((2, 4, 4), 0, one.case.case_id) for one in judged]
+    assert len({order.tobytes() for order in orders}) == len(judged)
+    np.testing.assert_array_equal(orders[0], random_map((2, 4, 4), 0, judged[0].case.case_id))
+
+
+def test_null_is_not_looked_into(judged):
+    with pytest.raises(UsageError, match=r"evaluation\.attention"):
+        explain(judged, EvaluationConfig(attention=None))
 
 
 def test_of_three_classes_the_called_one_is_explained():

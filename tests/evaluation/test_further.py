@@ -38,13 +38,14 @@ FURTHER = Further(
         available=5,
         refused=0,
         case_cap=60,
+        slices=4,
         minutes=2.0,
         seconds=1.0,
         seed=0,
         draws=100,
         confidence=0.95,
     ),
-    latency=Latency(median=0.1, p95=0.2, cases=3, slices=4.0, device="cpu"),
+    latency=Latency(median=0.1, slowest=0.2, cases=3, slices=4.0, device="cpu", threads=2),
 )
 
 

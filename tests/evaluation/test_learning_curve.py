@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from medvit.evaluation.learning_curve import convergence_epoch, overfitting_onset, read_history
+from medvit.evaluation.learning_curve import convergence_epoch, how_it_went, overfitting_onset, read_history
 from medvit.records import UsageError
 
 
@@ -106,3 +106,14 @@ def test_history_is_read_by_fold(tmp_path):
             read_history(path)
     with pytest.raises(UsageError):
         read_history(tmp_path / "nowhere.jsonl")
+
+
+def test_each_fold_has_its_own_account():
+    rows = [[{"epoch": e, "loss": 1.0, "val_loss": 1.0, "val_auroc": a} for e, a in enumerate(c, 1)] for c in CURVES]
+    assert [(one.fold, one.epochs, one.converged, one.overfit) for one in how_it_went(rows)] == [
+        (0, 5, 3, None),
+        (1, 4, None, None),
+    ]
+
+
+CURVES = ((0.5, 0.6, 0.9, 0.9, 0.9), (0.5, 0.4, 0.5, 0.5))

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import re
 
@@ -98,3 +99,13 @@ def test_tables_are_markdown(written):
         if re.fullmatch(r"\|(---\|)+", rule):
             assert before.count("|") == rule.count("|") == row.count("|")
     assert not re.search(r"[{}]|\n\n\n\n", written[2])
+
+
+def test_what_is_undefined_is_a_warning_and_old_age_is_not_exact(cohort, tmp_path):
+    report = write_report(cohort(60).assign(label="none"), tmp_path, EvaluationConfig(bootstrap=100))
+    old = [dataclasses.replace(case, age=101) for case in cases()]
+    card = write_model_card(tmp_path, INFO, old, report, {})
+    assert any("undefined" in warning for warning in card["warnings"])
+    assert card["data"]["age_years"]["oldest"] == 90
+    assert "90 or more years" in (tmp_path / "model_card.md").read_text()
+    assert "101" not in (tmp_path / "model_card.md").read_text()

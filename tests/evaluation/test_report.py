@@ -227,6 +227,7 @@ def robustness():
         available=40,
         refused=0,
         case_cap=60,
+        slices=4,
         minutes=2.0,
         seconds=100.0,
         seed=0,
@@ -257,7 +258,7 @@ def looked_into(cohort, tmp_path_factory):
         explanation = Explanation(
             maps={"gradient": gradient}, cases=5, available=9, slices=3, seconds=61.0, pictures=(picture,)
         )
-        latency = Latency(median=0.31, p95=0.9, cases=10, slices=7.5, device="cpu")
+        latency = Latency(median=0.31, slowest=0.9, cases=10, slices=7.5, device="cpu", threads=2)
         cost = Cost(currency="CHF", years=5, training=100.0, operation=2000.0, maintenance=30000.0, per_study=1.234)
         gain = measure_gain(frame, frame.assign(p_bleed=0.5, p_none=0.5), "guessing", QUICK)
         drift = Drift(discrepancy=0.1, p=0.0005, patients=30, reference=200)
@@ -303,6 +304,18 @@ def test_a_shift_of_the_whole_is_named(looked_into):
     _, html, text = looked_into[0.05]
     assert "As a whole these cases are not like those that the model knows" in html
     assert json.loads(text)["drift"]["patients"] == 30
+
+
+def test_rollout_is_shown_where_it_alone_beats_both(looked_into, tmp_path, cohort):
+    good, poor = (Faithfulness(deletion=0.2, insertion=0.8, over_random=i, over_centre=i) for i in (GOOD, POOR))
+    seen = Explanation(maps={"rollout": good, "gradient": poor}, cases=6, available=9, slices=3, seconds=1.0)
+    assert seen.shown == "rollout"
+    _, html, _ = write(cohort(60), tmp_path, further=Further(explanation=seen))
+    assert "Patches that attention rollout names matter" in html
+    assert "do not show that gradient rollout names what matters" in html
+
+
+GOOD, POOR = Interval(0.2, 0.1, 0.3), Interval(0.0, -0.1, 0.1)
 
 
 def test_three_figures_for_a_decision(looked_into):

@@ -22,7 +22,7 @@ from medvit.evaluation.robustness_chart import draw_robustness
 from medvit.inference import Encoder, Judged, Model
 from medvit.models.bundle import BundleInfo, TrainingRange
 from medvit.models.classifier import CtClassifier
-from medvit.records import Case, ClaheSettings, Preprocessing, UsageError
+from medvit.records import Case, ClaheSettings, Prediction, Preprocessing, UsageError
 
 SIZE = 16
 PREPROCESSING = Preprocessing(windows=((0.0, 2000.0),), size=SIZE, predict_slices=4)
@@ -275,13 +275,41 @@ def test_a_case_cap_leaves_time_to_the_others(clock, few):
     assert found.case_cap == 7
 
 
-def test_a_curve_that_does_not_fit_is_not_begun_and_says_so(clock, few):
-    found = measure_robustness(slow(cohort(20), clock, 10.0), settings(minutes=13 * 35 / 60))
-    assert {one.reason for one in found.not_measured if one.name == "dose"} == {
-        "12 cases take 120 s, and 35 s were left"
-    }
-    assert clock[0] <= 13 * 35
-    assert curve(found, "PGD").cases >= 12
+def test_a_curve_that_does_not_fit_is_not_begun_and_says_so(clock, few, monkeypatch):
+    predict = Model.predict_slices
+
+    def slowly(self: Model, slices: np.ndarray, case: Case) -> Prediction:
+        clock[0] += 10
+        return predict(self, slices, case)
+
+    judged = cohort(20)
+    monkeypatch.setattr(Model, "predict_slices", slowly)
+    found = measure_robustness(judged, settings(minutes=2))
+    assert not found.curves
+    (dose,) = (one.reason for one in found.not_measured if one.name == "dose")
+    assert dose == "12 cases take about 576 s, and 120 s were left"
+    assert clock[0] == 10  # what one prediction takes had to be found out
+    some = measure_robustness(judged, settings(minutes=11))
+    assert [one.name for one in some.curves] == ["dose"]  # the first that says something, rather than none
+
+
+def test_volumes_are_looked_at_on_few_slices(few):
+    limits = EvaluationConfig(bootstrap=100, robustness=RobustnessConfig(slices=2))
+    judged = cohort(12, slices=9)
+    seen = []
+    model = dataclasses.replace(judged[0].model)
+    encode = Encoder.encode
+
+    def counting(self: Encoder, slices: np.ndarray, *views: object) -> np.ndarray:
+        seen.append(len(slices))
+        return encode(self, slices, *views)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Encoder, "encode", counting)
+        found = measure_robustness(judged, limits)
+    assert set(seen) == {2}
+    assert "on up to 2 slices of each" in found.extent
+    assert model.preprocessing.predict_slices == 4  # the model itself is as it was
 
 
 def test_nothing_to_judge(clock):
