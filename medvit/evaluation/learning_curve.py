@@ -87,7 +87,8 @@ def convergence_epoch(
         share: 0..1.
 
     Returns:
-        The epoch; None where the smoothed figure never rises above the start, or fewer than three epochs have it.
+        The epoch; None where the smoothed figure never rises above the start, ends below that share, or fewer than
+        three epochs have it.
 
     Raises:
         ValueError: rows of several folds.
@@ -96,7 +97,8 @@ def convergence_epoch(
     if not len(scores) or scores.max() <= start:
         return None
     below = np.flatnonzero(scores < start + share * (scores.max() - start))
-    return epochs[below[-1] + 1 if len(below) else 0]
+    settled = int(below[-1]) + 1 if len(below) else 0
+    return epochs[settled] if settled < len(epochs) else None
 
 
 def overfitting_onset(history: History) -> int | None:

@@ -108,6 +108,10 @@ def test_history_is_read_by_fold(tmp_path):
         read_history(tmp_path / "nowhere.jsonl")
 
 
+def test_what_ends_below_its_best_has_not_settled():
+    assert convergence_epoch(scored(0.5, 0.9, 0.9, 0.9, 0.6, 0.6, 0.6)) is None
+
+
 def test_each_fold_has_its_own_account():
     rows = [[{"epoch": e, "loss": 1.0, "val_loss": 1.0, "val_auroc": a} for e, a in enumerate(c, 1)] for c in CURVES]
     assert [(one.fold, one.epochs, one.converged, one.overfit) for one in how_it_went(rows)] == [
