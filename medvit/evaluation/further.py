@@ -24,7 +24,7 @@ FILE = "further.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Further:
-    """Each part is None where it was not asked for or cannot be known; `report.html` then says how to get it.
+    """Each part is None where it was not asked for or cannot be known.
 
     Attributes:
         learning: how training went, one of each fold; empty where it is not known.

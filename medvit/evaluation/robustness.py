@@ -117,6 +117,8 @@ class _Study:
 
     def measure(self, name: str, share: float, left: float) -> Curve | NotMeasured:
         """The curve of as many cases as fit into `share` seconds, of the fewest that say something if `left` allow."""
+        if self.cases and len({one.case.label for one in self.cases}) < 2:
+            return NotMeasured(name, "all cases are of one class: AUROC is undefined")
         began, least = time.monotonic(), min(LEAST_CASES, len(self.cases))
         rows: list[tuple[Judged, list[Prediction]]] = []
         reasons = {"there is no labelled case"} if not self.cases else set[str]()

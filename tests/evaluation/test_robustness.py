@@ -319,6 +319,12 @@ def test_nothing_to_judge(clock):
     assert "none of 0" in found.extent
 
 
+def test_one_class_has_no_curve(few):
+    found = measure_robustness([one for one in cohort(12) if one.case.label == "bleed"], settings())
+    assert not found.curves
+    assert {one.reason for one in found.not_measured} == {"all cases are of one class: AUROC is undefined"}
+
+
 def test_null_is_not_measured(judged):
     with pytest.raises(UsageError, match=r"evaluation\.robustness"):
         measure_robustness(judged, EvaluationConfig(robustness=None))
