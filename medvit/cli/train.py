@@ -210,6 +210,7 @@ def about(study: Study, experiment: training.Experiment) -> dict[str, str]:
     windows = ", ".join(w if isinstance(w, str) else f"{w[0]:g}/{w[1]:g}" for w in prep.windows)
     clahe = "with CLAHE" if prep.clahe else "no CLAHE"
     return {
+        "Label": study.manifest.label_column,
         "Model": f"{config.model.name}, weights {experiment.weights.source}",
         "Input": f"{prep.size} px, HU windows {windows}, {clahe}",
         "Training": ", ".join(f"{s.name}: {s.trainable}, {s.epochs} epochs" for s in config.training.stages),

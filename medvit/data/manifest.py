@@ -41,6 +41,7 @@ class Manifest:
         cases: labelled and unlabelled, in a fixed order.
         classes: names in order; for two the last is the positive one.
         key: what joined the labels.
+        label_column: what they are called.
         unmatched_rows: CSV line numbers whose key matches no file.
         without_row: how many usable series or files have no row.
         not_selected: volumes beside the chosen one, each with the reason.
@@ -49,6 +50,7 @@ class Manifest:
     cases: tuple[Case, ...]
     classes: tuple[str, ...]
     key: str
+    label_column: str = "label"
     unmatched_rows: tuple[int, ...] = ()
     without_row: int = 0
     not_selected: tuple[NotSelected, ...] = ()
@@ -127,6 +129,7 @@ def build_manifest(
     return Manifest(
         cases=cases,
         classes=class_order((case.label for case in cases), label_column),
+        label_column=label_column,
         key=key,
         unmatched_rows=tuple(
             line for line, row in table.items() if found.isdisjoint(key_values(row[keyed_by], key, roots))

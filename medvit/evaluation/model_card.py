@@ -159,7 +159,7 @@ def _warnings(report: Report) -> list[str]:
         if table.verdict == "not met":
             found.append(f"Equalized odds are not met by {name} ({table.positive}): {table.equalized_odds}.")
         if few := [group.name for group in table.groups if group.small]:
-            found.append(f"Too few patients to rely on by {name} ({table.positive}): {', '.join(few)}.")
+            found.append(f"Too few patients to rely on by {name} ({table.positive}): {'; '.join(few)}.")
     return found
 
 

@@ -80,10 +80,18 @@ def measure_robustness(
 
 
 def in_order(judged: Sequence[Judged], seed: int) -> list[Judged]:
-    """Random, but no second case of a patient before all others have one, and labels in turn: any beginning will do."""
+    """Random, but no second case of a patient before all others have one, and labels in turn: any beginning will do.
+
+    Fold by fold, since pairs of one fold only are compared: a few cases of each would hold hardly any pair.
+    """
     shuffled = [judged[index] for index in np.random.default_rng(seed).permutation(len(judged))]
-    by_patient = _in_turn(shuffled, [one.case.patient_id for one in shuffled])
-    return _in_turn(by_patient, [one.case.label for one in by_patient])
+    folds = dict.fromkeys(one.prediction.fold for one in shuffled)
+    found = []
+    for fold in folds:
+        own = [one for one in shuffled if one.prediction.fold == fold]
+        by_patient = _in_turn(own, [one.case.patient_id for one in own])
+        found += _in_turn(by_patient, [one.case.label for one in by_patient])
+    return found
 
 
 def _in_turn(judged: Sequence[Judged], keys: Sequence[Hashable]) -> list[Judged]:

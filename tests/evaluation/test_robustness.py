@@ -341,6 +341,14 @@ def test_any_beginning_of_the_order_has_both_labels_and_many_patients():
     assert order != in_order(judged, 4)
 
 
+def test_few_cases_are_of_one_fold_where_they_can_be_compared():
+    both = [*cohort(20), *(_in_fold_1(one) for one in cohort(20, seed=5))]
+    order = in_order(both, 0)
+    assert len({one.prediction.fold for one in order[:20]}) == 1
+    assert [one.case.label for one in order[:4]].count("bleed") == 2
+    assert len(order) == 40
+
+
 def test_the_picture_names_every_curve_its_unit_and_its_cases(measured):
     picture = draw_robustness(measured)
     assert picture.startswith("<svg")
