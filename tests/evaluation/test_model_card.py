@@ -93,6 +93,13 @@ def test_the_training_range_and_the_operating_point_are_told(written):
         assert part in text
 
 
+def test_without_folds_no_models_of_folds_are_named(cohort, tmp_path, written):
+    report = write_report(cohort(60).drop(columns="fold"), tmp_path, EvaluationConfig(bootstrap=100))
+    write_model_card(tmp_path, INFO, cases(), report, {})
+    assert "60 held-out cases of" in (tmp_path / "model_card.md").read_text()
+    assert "200 held-out cases, judged by the models of their folds, of" in written[2]
+
+
 def test_tables_are_markdown(written):
     lines = written[2].splitlines()
     for before, rule, row in zip(lines, lines[1:], lines[2:], strict=False):
