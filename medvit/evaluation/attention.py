@@ -19,8 +19,8 @@ from torch import Tensor
 
 from medvit.data.pipelines import Slices
 from medvit.inference import Encoder
-from medvit.models.attention import watched_attention
 from medvit.models.backbone import Backbone
+from medvit.models.watching import watched_attention
 
 Floats = npt.NDArray[np.float32]
 Method = Literal["attention", "rollout", "gradient"]

@@ -20,7 +20,7 @@ from medvit.evaluation.explained import PREFERRED, Explanation, Picture
 from medvit.evaluation.faithfulness import Areas, centre_map, deletion_insertion, random_map, summarise
 from medvit.evaluation.overlays import draw_overlay
 from medvit.inference import Judged
-from medvit.models.attention import watchable
+from medvit.models.watching import watchable
 from medvit.records import UsageError
 
 FEWEST = 6

@@ -4,8 +4,8 @@ import timm
 import torch
 
 from medvit.config import ModelConfig
-from medvit.models.attention import watchable, watched_attention
 from medvit.models.backbone import Backbone, build_backbone
+from medvit.models.watching import watchable, watched_attention
 from medvit.records import UsageError
 
 SLICES = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
