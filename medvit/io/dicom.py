@@ -116,6 +116,11 @@ def read_series(paths: Iterable[Path], *, assume_hu: bool = False, part: int | N
     Raises:
         ScanError: with the code of the first fault, and the files concerned.
     """
+    return read_volume(*examine_files(paths, assume_hu=assume_hu, part=part))
+
+
+def examine_files(paths: Iterable[Path], *, assume_hu: bool = False, part: int | None = None) -> tuple[Volume, str]:
+    """The volume of `read_series` before its pixels are read, and its phase."""
     reader = headers.HeaderReader()
     slices = [one for path in paths for one in reader.read(path, str(path))]
     for one in slices:
@@ -130,7 +135,7 @@ def read_series(paths: Iterable[Path], *, assume_hu: bool = False, part: int | N
         detail = f"{len(volumes)} volumes in these files, and none of them asked for: list the folder, read its series"
         raise ScanError(ReasonCode.MULTIPHASE, detail, headers.names_of(slices))
     chosen = volumes[part or 0] if len(volumes) > 1 else volumes[0]
-    return read_volume(examine(chosen, flags, assume_hu=assume_hu), chosen.phase)
+    return examine(chosen, flags, assume_hu=assume_hu), chosen.phase
 
 
 def read_volume(volume: Volume, phase: str = "") -> Scan:

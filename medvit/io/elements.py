@@ -86,12 +86,13 @@ class Elements:
     ends_early: bool = False
 
 
-def read_elements(path: str | Path, name: str) -> Elements:
+def read_elements(path: str | Path, name: str, wanted: Mapping[int, Any] = WANTED) -> Elements:
     """The wanted elements of a file.
 
     Args:
         path: a regular file; links and pipes are refused.
         name: how errors call it.
+        wanted: tag -> keyword, or keyword and what is wanted of its items.
 
     Raises:
         ScanError: `NOT_REGULAR`, `IO_ERROR`, `NOT_DICOM`, `TAG_INVALID`, `NESTING` or `RESOURCE_LIMIT`.
@@ -100,21 +101,21 @@ def read_elements(path: str | Path, name: str) -> Elements:
         # no link is followed, and a pipe put in place of a file since it was listed does not block
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
         try:
-            return _read(descriptor, name)
+            return _read(descriptor, name, wanted)
         finally:
             os.close(descriptor)
     except OSError as error:
         raise ScanError(ReasonCode.IO_ERROR, os.strerror(error.errno or 5), (name,)) from None
 
 
-def _read(descriptor: int, name: str) -> Elements:
+def _read(descriptor: int, name: str, wanted: Mapping[int, Any]) -> Elements:
     status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode):
         raise ScanError(ReasonCode.NOT_REGULAR, "no regular file", (name,))
     data, wanted_bytes = os.read(descriptor, FIRST_READ), FIRST_READ
     while True:
         try:
-            result = parse(data, complete=len(data) >= status.st_size)
+            result = parse(data, complete=len(data) >= status.st_size, wanted=wanted)
         except _NeedMoreError:
             wanted_bytes *= 8
             more = os.read(descriptor, wanted_bytes - len(data))
@@ -132,12 +133,13 @@ def _read(descriptor: int, name: str) -> Elements:
         return result
 
 
-def parse(data: bytes, *, complete: bool) -> Elements:
+def parse(data: bytes, *, complete: bool, wanted: Mapping[int, Any] = WANTED) -> Elements:
     """The wanted elements of the bytes at the beginning of a file.
 
     Args:
         data: first bytes.
         complete: whether there are no more: what ends early then ends the header.
+        wanted: as `read_elements`.
     """
     result = Elements()
     start = 0
@@ -152,7 +154,11 @@ def parse(data: bytes, *, complete: bool) -> Elements:
         data, complete = _inflate(data[start:], complete=complete)
         start = 0
     explicit, result.little = _encoding(data, start, result)
-    walk = _Walk(data, explicit=explicit, little=result.little, ascending=result.preamble is None)
+    if wanted is WANTED:
+        keyed = _LITTLE_WANTED if result.little else _BIG_WANTED
+    else:
+        keyed = _by_raw_key(wanted, little=result.little)
+    walk = _Walk(data, keyed, explicit=explicit, little=result.little, ascending=result.preamble is None)
     try:
         walk.run(start, result.values)
     except _NeedMoreError:
@@ -241,10 +247,10 @@ _LITTLE_PAIR, _BIG_PAIR = Struct("<II"), Struct(">II")
 class _Walk:
     """One pass over a data set in memory. `next` is where the walk goes on: one position for all levels."""
 
-    def __init__(self, data: bytes, *, explicit: bool, little: bool, ascending: bool) -> None:
+    def __init__(self, data: bytes, wanted: dict[int, Any], *, explicit: bool, little: bool, ascending: bool) -> None:
         self.data, self.end, self.next = data, len(data), 0
         self.explicit, self.little, self.ascending = explicit, little, ascending
-        self.wanted = _LITTLE_WANTED if little else _BIG_WANTED
+        self.wanted = wanted
         self.pair = (_LITTLE_PAIR if little else _BIG_PAIR).unpack_from
         self.pixels: tuple[str, int, int] | None = None
         self.overlays = False

@@ -218,6 +218,12 @@ def reorient_lps(scan: Scan) -> Scan:
     )
 
 
+def slice_direction(affine: Floats) -> int:
+    """How `reorient_lps` orders the slices of a volume: 1 as they are, -1 backwards; 0: it cuts across them."""
+    order, signs = _nearest_axes(affine)
+    return int(signs[2]) if order[2] == 2 else 0
+
+
 def _nearest_axes(affine: Floats) -> tuple[list[int], list[float]]:
     """For each patient axis L, P, S: the voxel axis nearest to it, and its sign. Largest cosines are taken first."""
     cosines = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)  # (patient axis, voxel axis)

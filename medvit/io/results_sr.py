@@ -1,0 +1,180 @@
+"""A prediction as a structured report: Comprehensive 3D SR by TID 1500 (PS3.16), which viewers show as measurements.
+
+One measurement group (TID 1501) for the study says what was found, the probability of each class, the operating point
+and the flags; one for each deciding slice refers to its image. Only the class that was called is a Finding: groups for
+all classes would show each of them as found. Basic Text SR would hold the same, and many viewers do not show it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from highdicom.sr import (
+    AlgorithmIdentification,
+    CodedConcept,
+    DeviceObserverIdentifyingAttributes,
+    Measurement,
+    MeasurementReport,
+    MeasurementsAndQualitativeEvaluations,
+    ObservationContext,
+    ObserverContext,
+    QualitativeEvaluation,
+    SourceImageForMeasurementGroup,
+    TrackingIdentifier,
+)
+from pydicom.dataset import Dataset
+from pydicom.sr.codedict import codes
+from pydicom.uid import Comprehensive3DSRStorage
+
+from medvit.io.headers import SliceHeader
+from medvit.io.results import (
+    PRIVATE_SCHEME,
+    RESEARCH_USE,
+    Finding,
+    ResultContext,
+    Source,
+    deciding_slices,
+    frame_number,
+    private_code,
+    reference,
+    result_uid,
+    save,
+    start_document,
+    uid_of,
+)
+from medvit.records import Prediction
+
+SERIES_NUMBER = 9100
+"""Far from those of scanners."""
+
+
+def write_sr(prediction: Prediction, source: Source, context: ResultContext, folder: Path) -> Path:
+    """Write a prediction as a structured report; the file is named by its UID.
+
+    Args:
+        prediction: of the series.
+        source: the series.
+        context: model, codes and time.
+        folder: made when missing.
+    """
+    document = start_document(Comprehensive3DSRStorage, "report", source, context)
+    document.Modality, document.SeriesNumber, document.InstanceNumber = "SR", SERIES_NUMBER, 1
+    # SR Document General module (PS3.3 C.17.2): all is said, and nobody has looked at it
+    document.CompletionFlag, document.VerificationFlag = "COMPLETE", "UNVERIFIED"
+    document.PreliminaryFlag = "PRELIMINARY"
+    document.ReferencedPerformedProcedureStepSequence = []
+    document.PerformedProcedureCodeSequence = []
+    document.CurrentRequestedProcedureEvidenceSequence = [_evidence(source)]
+    document.CodingSchemeIdentificationSequence = [_coding_scheme()]
+    (content,) = _report(prediction, source, context)
+    document.update(content)
+    _declare_characters(document)
+    return save(document, folder)
+
+
+def _report(prediction: Prediction, source: Source, context: ResultContext) -> MeasurementReport:
+    device = DeviceObserverIdentifyingAttributes(
+        uid=result_uid("device", context.model_sha256), name="medvit", model_name=context.model_name
+    )
+    return MeasurementReport(
+        observation_context=ObservationContext(ObserverContext(codes.DCM.Device, device)),
+        procedure_reported=codes.LN.CTUnspecifiedBodyRegion,
+        imaging_measurements=[
+            _study_group(prediction, source, context),
+            *_slice_groups(prediction, source, context),
+        ],
+        title=codes.DCM.ImagingMeasurementReport,
+    )
+
+
+def _study_group(
+    prediction: Prediction, source: Source, context: ResultContext
+) -> MeasurementsAndQualitativeEvaluations:
+    names = list(prediction.probabilities)
+    measurements = [
+        _measurement(private_code(f"PROBABILITY_{name}", f"Probability of {context.finding(name).meaning}"), value)
+        for name, value in prediction.probabilities.items()
+    ]
+    if prediction.threshold is not None:
+        meaning = f"Operating point on {context.finding(names[-1]).meaning}"
+        measurements.append(_measurement(private_code("OPERATING_POINT", meaning), prediction.threshold))
+    flags = [private_code(flag, flag.replace("_", " ").capitalize()) for flag in prediction.flags]
+    evaluations = [
+        (private_code("INTENDED_USE", "Intended use"), private_code("RESEARCH", RESEARCH_USE.capitalize())),
+        *((private_code("FLAG", "Flag"), flag) for flag in flags),
+    ]
+    return MeasurementsAndQualitativeEvaluations(
+        tracking_identifier=TrackingIdentifier(uid_of("study group", source, context), "study"),
+        finding_type=_concept(context.finding(prediction.predicted)),
+        algorithm_id=_algorithm(context),
+        measurements=measurements,
+        qualitative_evaluations=[QualitativeEvaluation(_concept(what), _concept(which)) for what, which in evaluations],
+    )
+
+
+def _slice_groups(
+    prediction: Prediction, source: Source, context: ResultContext
+) -> Iterator[MeasurementsAndQualitativeEvaluations]:
+    for number, weight in deciding_slices(prediction):
+        if (image := source.image(number)) is not None:
+            yield MeasurementsAndQualitativeEvaluations(
+                tracking_identifier=TrackingIdentifier(
+                    uid_of("slice group", source, context, str(number)), f"slice {number + 1}"
+                ),
+                finding_type=_concept(context.finding(prediction.predicted)),
+                algorithm_id=_algorithm(context),
+                measurements=[_measurement(private_code("SLICE_WEIGHT", "Attention weight of the slice"), weight)],
+                source_images=[_source_image(image)],
+            )
+
+
+def _source_image(one: SliceHeader) -> SourceImageForMeasurementGroup:
+    frame = frame_number(one)
+    return SourceImageForMeasurementGroup(one.shared.sop_class, one.sop_uid, None if frame is None else [frame])
+
+
+def _algorithm(context: ResultContext) -> AlgorithmIdentification:
+    """TID 4019."""
+    parameters = [f"model sha256 {context.model_sha256}", f"config sha256 {context.config_sha256}"]
+    return AlgorithmIdentification(context.model_name, context.model_version, parameters)
+
+
+def _measurement(name: Finding, value: float) -> Measurement:
+    return Measurement(name=_concept(name), value=round(value, 6), unit=codes.UCUM.NoUnits)
+
+
+def _concept(code: Finding) -> CodedConcept:
+    return CodedConcept(code.value, code.scheme, code.meaning)
+
+
+def _evidence(source: Source) -> Dataset:
+    """All images of the series, each once (PS3.3 C.17.2, table C.17-3)."""
+    study, series, images = Dataset(), Dataset(), {}
+    for one in source.slices:
+        images[one.sop_uid] = reference(one._replace(frame=0))
+    for image in images.values():
+        image.pop("ReferencedFrameNumber", None)
+    study.StudyInstanceUID, series.SeriesInstanceUID = source.uids
+    series.ReferencedSOPSequence = list(images.values())
+    study.ReferencedSeriesSequence = [series]
+    return study
+
+
+def _coding_scheme() -> Dataset:
+    """PS3.3 C.12.1.1.16."""
+    scheme = Dataset()
+    scheme.CodingSchemeDesignator, scheme.CodingSchemeName = PRIVATE_SCHEME, "Codes of medvit"
+    scheme.CodingSchemeResponsibleOrganization = "medvit"
+    return scheme
+
+
+def _declare_characters(document: Dataset) -> None:
+    """Text of ours that is not ASCII declares its own character set: that of the source may not have its letters.
+
+    An item may declare one, and it holds for what is nested in it (PS3.3 C.12.1.1.2).
+    """
+    items: Sequence[Dataset] = document.ContentSequence
+    for item in items:
+        if not str(item).isascii():
+            item.SpecificCharacterSet = "ISO_IR 192"
