@@ -7,9 +7,9 @@ from .reader import read as read
 from .reader import read_files as read_files
 from .results import Finding as Finding
 from .results import ResultContext as ResultContext
-from .results import Source as Source
 from .results import deciding_slices as deciding_slices
-from .results import open_source as open_source
 from .results import result_uid as result_uid
 from .results_sc import write_sc as write_sc
+from .results_source import Source as Source
+from .results_source import open_source as open_source
 from .results_sr import write_sr as write_sr

@@ -11,12 +11,14 @@ from pydicom.dataset import Dataset
 from pydicom.sr.codedict import codes
 from pydicom.uid import SecondaryCaptureImageStorage
 
-from medvit.io.results import RESEARCH_USE, ResultContext, Source, copy_lossy, reference, save, start_document
+from medvit.io.results import RESEARCH_USE, ResultContext, save, start_document, unjudged
+from medvit.io.results_source import Source, copy_lossy, reference
 
 SERIES_NUMBER = 9101
 """After that of reports."""
 
 
+@unjudged()
 def write_sc(rgb: npt.NDArray[np.uint8], number: int, source: Source, context: ResultContext, folder: Path) -> Path:
     """Write the picture of a slice, with 'RESEARCH USE' drawn into it; the file is named by its UID.
 

@@ -7,7 +7,7 @@ all classes would show each of them as found. Basic Text SR would hold the same,
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from highdicom.sr import (
@@ -33,22 +33,22 @@ from medvit.io.results import (
     RESEARCH_USE,
     Finding,
     ResultContext,
-    Source,
     deciding_slices,
-    frame_number,
     private_code,
-    reference,
     result_uid,
     save,
     start_document,
     uid_of,
+    unjudged,
 )
+from medvit.io.results_source import Source, frame_number, reference
 from medvit.records import Prediction
 
 SERIES_NUMBER = 9100
 """Far from those of scanners."""
 
 
+@unjudged()
 def write_sr(prediction: Prediction, source: Source, context: ResultContext, folder: Path) -> Path:
     """Write a prediction as a structured report; the file is named by its UID.
 
@@ -69,7 +69,7 @@ def write_sr(prediction: Prediction, source: Source, context: ResultContext, fol
     document.CodingSchemeIdentificationSequence = [_coding_scheme()]
     (content,) = _report(prediction, source, context)
     document.update(content)
-    _declare_characters(document)
+    _spell(content.ContentSequence, source)
     return save(document, folder)
 
 
@@ -150,11 +150,8 @@ def _concept(code: Finding) -> CodedConcept:
 
 def _evidence(source: Source) -> Dataset:
     """All images of the series, each once (PS3.3 C.17.2, table C.17-3)."""
-    study, series, images = Dataset(), Dataset(), {}
-    for one in source.slices:
-        images[one.sop_uid] = reference(one._replace(frame=0))
-    for image in images.values():
-        image.pop("ReferencedFrameNumber", None)
+    study, series = Dataset(), Dataset()
+    images = {one.sop_uid: reference(one, whole=True) for one in source.slices}
     study.StudyInstanceUID, series.SeriesInstanceUID = source.uids
     series.ReferencedSOPSequence = list(images.values())
     study.ReferencedSeriesSequence = [series]
@@ -169,12 +166,15 @@ def _coding_scheme() -> Dataset:
     return scheme
 
 
-def _declare_characters(document: Dataset) -> None:
-    """Text of ours that is not ASCII declares its own character set: that of the source may not have its letters.
+def _spell(items: Iterable[Dataset], source: Source) -> None:
+    """Class names in letters that the source's character set lacks are spelled out.
 
-    An item may declare one, and it holds for what is nested in it (PS3.3 C.12.1.1.2).
+    An item could declare a character set of its own (PS3.3 C.12.1.1.2), but dcmtk does not look there and refuses the
+    report.
     """
-    items: Sequence[Dataset] = document.ContentSequence
     for item in items:
-        if not str(item).isascii():
-            item.SpecificCharacterSet = "ISO_IR 192"
+        for element in item:
+            if element.VR == "SQ":
+                _spell(element.value, source)
+            elif not source.writes(text := str(element.value)):
+                element.value = "".join(one if one.isascii() else f"[U+{ord(one):04X}]" for one in text)[:64]
