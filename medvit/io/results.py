@@ -157,13 +157,10 @@ def save(document: Dataset, folder: Path) -> Path:
     document.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
     document.file_meta.ImplementationClassUID = UID(result_uid("implementation"))
     document.file_meta.ImplementationVersionName = "MEDVIT"  # pydicom's holds its version: bytes would change with it
-    charset = document.get("SpecificCharacterSet")
+    declared = "SpecificCharacterSet" in document
+    encodings = convert_encodings(document.SpecificCharacterSet) if declared else default_encoding
     # as if read so: otherwise pydicom decodes and encodes what is raw, and loses what does not fit its character set
-    document.set_original_encoding(
-        is_implicit_vr=False,
-        is_little_endian=True,
-        character_encoding=default_encoding if charset is None else convert_encodings(charset),
-    )
+    document.set_original_encoding(is_implicit_vr=False, is_little_endian=True, character_encoding=encodings)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{document.SOPInstanceUID}.dcm"
     part = path.with_name(path.name + ".part")

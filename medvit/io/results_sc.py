@@ -52,14 +52,15 @@ def write_sc(rgb: npt.NDArray[np.uint8], number: int, source: Source, context: R
 
 
 def draw_research_use(rgb: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    """The picture with the words across its lower edge, light on dark so that they stand out on any ground."""
+    """The picture with the words in its lower left corner, white on black so that they stand out on any ground."""
     drawn = np.ascontiguousarray(rgb).copy()
     rows, columns = drawn.shape[:2]
-    font, unit = cv2.FONT_HERSHEY_SIMPLEX, cv2.getTextSize(RESEARCH_USE, cv2.FONT_HERSHEY_SIMPLEX, 1.0, 1)[0][0]
-    scale = 0.5 * columns / unit
-    at = (columns // 40, rows - 1 - rows // 40)
-    for colour, thickness in (((0, 0, 0), 4), ((255, 255, 255), 1)):
-        cv2.putText(drawn, RESEARCH_USE, at, font, scale, colour, thickness, cv2.LINE_AA)
+    font, margin = cv2.FONT_HERSHEY_SIMPLEX, 1 + columns // 60
+    scale = 0.4 * columns / cv2.getTextSize(RESEARCH_USE, font, 1.0, 1)[0][0]
+    (width, height), below = cv2.getTextSize(RESEARCH_USE, font, scale, 1)
+    base = rows - 1 - margin - below
+    cv2.rectangle(drawn, (0, base - height - margin), (width + 2 * margin, rows), (0, 0, 0), cv2.FILLED)
+    cv2.putText(drawn, RESEARCH_USE, (margin, base), font, scale, (255, 255, 255), 1, cv2.LINE_AA)
     return drawn
 
 

@@ -57,7 +57,12 @@ def write_sr(prediction: Prediction, source: Source, context: ResultContext, fol
         source: the series.
         context: model, codes and time.
         folder: made when missing.
+
+    Raises:
+        ValueError: the prediction is of another series.
     """
+    if prediction.series_uid not in ("", source.uids[1]):
+        raise ValueError("the prediction is of another series than the source")
     document = start_document(Comprehensive3DSRStorage, "report", source, context)
     document.Modality, document.SeriesNumber, document.InstanceNumber = "SR", SERIES_NUMBER, 1
     # SR Document General module (PS3.3 C.17.2): all is said, and nobody has looked at it
