@@ -424,7 +424,8 @@ class Prediction:
     Attributes:
         probabilities: by class name, each 0..1, sum 1 within 1e-4.
         threshold: operating point on the positive (last) class for two classes; None: highest probability wins.
-        slice_weights: attention of each slice that was looked at (index into the scan, weight), weights sum to 1.
+        slice_weights: attention of each slice that was looked at (index into the volume as prepared for the model:
+            oriented to LPS where `Preprocessing.orientation` says so, weight); weights sum to 1.
         flags: reason codes and other warnings.
         spread: standard deviation over the views of test-time augmentation of the class where it is largest; None:
             one view.

@@ -105,6 +105,7 @@ def train(arguments: argparse.Namespace, config: Config) -> int:
             evaluation.write_predictions(list(result.predictions), output / "predictions.csv")
             report, further = write_reports(study, experiment, result, hours, display)
             show_result(report, further, output, result)
+        processes.wait()  # torchrun ends the first where another has gone with a code of its own, such as 3
     return EXIT_QUARANTINE if set_aside(study) else EXIT_DONE
 
 

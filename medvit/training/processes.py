@@ -8,11 +8,15 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from itertools import chain, zip_longest
 from typing import Any, TypeVar
 
 import torch
 from torch import distributed
+
+PATIENCE = timedelta(hours=2)
+"""While one works and the others wait, as for the report of the first; torchrun ends them all if one dies."""
 
 Item = TypeVar("Item")
 Found = TypeVar("Found")
@@ -24,7 +28,8 @@ def together() -> Iterator[None]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or distributed.is_initialized():
         yield
         return
-    distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    distributed.init_process_group(backend, timeout=PATIENCE)
     try:
         yield
     finally:
