@@ -11,7 +11,6 @@ find the entry; the kernel drops the lock of a maker that dies, so what it left 
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import hashlib
 import io
@@ -27,6 +26,7 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from medvit.io.disk import FULL, sync_folder
 from medvit.records import UsageError
 
 Array = npt.NDArray[Any]
@@ -35,7 +35,6 @@ Shape = tuple[int | None, ...]
 
 CHECKSUM_BYTES = hashlib.sha256().digest_size
 BLOCK = 1 << 20
-FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 ELSEWHERE = "free space, or put the cache elsewhere (data.cache_dir=FOLDER or MEDVIT_CACHE)"
 
 _log = logging.getLogger("medvit.cache")
@@ -168,7 +167,7 @@ class ArrayStore:
             _write_all(claim, memoryview(digest.digest()))
             os.fsync(claim.fileno())
             Path(claim.name).replace(self.folder / name)
-            _sync(self.folder)
+            sync_folder(self.folder)
         self.rebuilt += name in self.damaged
         self.damaged.discard(name)
 
@@ -232,11 +231,3 @@ def _is_at(stream: IO[bytes] | FileIO, path: Path) -> bool:
         return os.path.samestat(os.fstat(stream.fileno()), path.stat())
     except FileNotFoundError:
         return False
-
-
-def _sync(folder: Path) -> None:
-    """Put the new name on the disk; where folders cannot be flushed, a crash costs no more than the entry."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    with contextlib.suppress(OSError):
-        os.fsync(descriptor)
-    os.close(descriptor)

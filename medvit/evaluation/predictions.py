@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 
 from medvit.evaluation.metrics import Bools, Floats
+from medvit.io.disk import write_whole
 from medvit.records import Prediction, ReasonCode, UsageError
 
 IDENTIFIERS = ("case_id", "patient_id", "label", "predicted", "site", "sex", "age")
@@ -143,7 +144,9 @@ def write_predictions(predictions: Sequence[Prediction] | pd.DataFrame, path: st
     if "fold" in frame:
         frame["fold"] = frame["fold"].map(lambda fold: _read_cell(fold).removesuffix(".0"))
     frame = frame[order].map(_safe_cell).rename(columns=_safe_cell)
-    _replace(Path(path), frame.to_csv(index=False, lineterminator="\n"))
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, frame.to_csv(index=False, lineterminator="\n").encode())
 
 
 def _read_cell(value: object) -> str:
@@ -159,17 +162,6 @@ def _read_cell(value: object) -> str:
 
 def _safe_cell(value: object) -> object:
     return f"'{value}" if isinstance(value, str) and value.startswith(FORMULA_STARTS) else value
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write so that a reader sees the old file or the whole new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part")
-    try:
-        part.write_text(text, encoding="utf-8", newline="")
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _refused(frame: pd.DataFrame) -> pd.Series:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import uuid
 import warnings
@@ -18,6 +17,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
+from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +26,7 @@ from pydicom.config import IGNORE, settings
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import UID, ExplicitVRLittleEndian
 
+from medvit.io.disk import write_whole
 from medvit.io.results_source import Source, copy_patient_study
 from medvit.records import Prediction
 
@@ -163,13 +164,7 @@ def save(document: Dataset, folder: Path) -> Path:
     document.set_original_encoding(is_implicit_vr=False, is_little_endian=True, character_encoding=encodings)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{document.SOPInstanceUID}.dcm"
-    part = path.with_name(path.name + ".part")
-    try:
-        with part.open("wb") as stream:
-            document.save_as(stream, enforce_file_format=True)
-            stream.flush()
-            os.fsync(stream.fileno())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    content = BytesIO()
+    document.save_as(content, enforce_file_format=True)
+    write_whole(path, content.getvalue())
     return path

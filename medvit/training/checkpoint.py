@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from medvit.training.disk import write_whole
+from medvit.io.disk import write_whole
 
 State = dict[str, Any]
 

@@ -18,7 +18,7 @@ from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from medvit.training.disk import append, write_whole
+from medvit.io.disk import append, write_whole
 
 Row = dict[str, Any]
 

@@ -11,10 +11,10 @@ from pathlib import Path
 
 from torch import Tensor
 
+from medvit.io.disk import require_room
 from medvit.records import MedvitError
 from medvit.training import checkpoint
 from medvit.training.checkpoint import State
-from medvit.training.disk import require_room
 
 Stored = tuple[dict[str, Tensor], State]
 
@@ -102,4 +102,4 @@ class CheckpointFolder:
         Raises:
             DiskFullError: they do not.
         """
-        require_room(self.folder, 2 * size)
+        require_room(self.folder, 2 * size, "two checkpoints")

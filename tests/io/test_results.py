@@ -31,6 +31,7 @@ from medvit.io import (
     write_sc,
     write_sr,
 )
+from medvit.io.disk import DiskFullError
 from medvit.io.phantom import make_patients, render, turn_prone, write_series
 from medvit.records import Prediction, ReasonCode, ScanError
 
@@ -387,7 +388,7 @@ def test_uids_that_are_harmless_but_illegal_are_copied_without_a_word(tmp_path, 
 def test_a_report_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
     source = open_source(Ct().write(tmp_path / "ct"))
     monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError(28, "no space left")))
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(DiskFullError, match="the disk is full"):
         write_sr(predicted(), source, CONTEXT, tmp_path / "out")
     assert not list((tmp_path / "out").iterdir())
 

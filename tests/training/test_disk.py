@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from medvit.config import Stage
+from medvit.io.disk import DiskFullError, write_whole
 from medvit.records import UsageError
 from medvit.training.checkpoint import load
-from medvit.training.disk import DiskFullError, write_whole
 from medvit.training.journal import Board, write_metrics
 from medvit.training.loop import Run, fit
 from tests.training.fits import judged, make_dataset, make_objective, same, training, weights

@@ -1,4 +1,4 @@
-"""Files of a run: the old or the new content at every instant, and a full disk told in words.
+"""Files that a run leaves: the old or the new content at every instant, and a full disk told in words.
 
 A kill, a crash or a full disk while writing costs what was to be written, never what was there.
 """
@@ -19,7 +19,7 @@ FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 class DiskFullError(UsageError):
-    """No room for a file of the run."""
+    """No room for a file."""
 
 
 def write_whole(path: Path, content: bytes, keep_as: Path | None = None) -> None:
@@ -42,7 +42,7 @@ def write_whole(path: Path, content: bytes, keep_as: Path | None = None) -> None
             if keep_as is not None and path.exists():
                 path.replace(keep_as)
             part.replace(path)
-            _sync(path.parent)
+            sync_folder(path.parent)
         finally:
             part.unlink(missing_ok=True)
 
@@ -73,23 +73,24 @@ def _explained(path: Path, needed: int) -> Iterator[None]:
         raise DiskFullError(
             f"the disk is full: {path.name} needs {_megabytes(needed)} and its disk has "
             f"{_megabytes(_free(path.parent))} free, or a quota or a limit on file sizes is reached. What was there "
-            "before is whole: make room and go on with --resume."
+            "before is whole: make room and run the command again (medvit-train with --resume)."
         ) from None
 
 
-def require_room(folder: Path, needed: int) -> None:
+def require_room(folder: Path, needed: int, what: str) -> None:
     """Refuse to begin what will not fit.
 
     Args:
         folder: on the disk in question.
         needed: bytes.
+        what: needs them, in the plural.
 
     Raises:
         DiskFullError: less is free.
     """
     if (free := _free(folder)) < needed:
         raise DiskFullError(
-            f"{folder}: two checkpoints need {_megabytes(needed)} and its disk has {_megabytes(free)} free. Free space "
+            f"{folder}: {what} need {_megabytes(needed)} and its disk has {_megabytes(free)} free. Free space "
             "or give another --output."
         )
 
@@ -108,7 +109,7 @@ def _megabytes(count: int) -> str:
     return f"{count / 1e6:.1f} MB"
 
 
-def _sync(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Put new names on the disk; where folders cannot be flushed, a power cut may cost the newest file."""
     descriptor = os.open(folder, os.O_RDONLY)
     with contextlib.suppress(OSError):
