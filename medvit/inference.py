@@ -33,7 +33,7 @@ STUDIES_AT_ONCE = 256
 
 
 class StudyOutput(NamedTuple):
-    """Of one study: `logits` (K,), `weights` (S,) of its slices, and its `pooled` features (D,).
+    """Of one study: `logits` (K,), `weights` (S,) of its slices, its `pooled` features (D,), `features` (S, D) of them.
 
     With several views logits and weights are means over them, features those of the slices as they are, and `views`
     (V, K) the logits of each.
@@ -43,6 +43,7 @@ class StudyOutput(NamedTuple):
     weights: Floats
     pooled: Floats
     views: Floats
+    features: Floats
 
 
 @dataclass(frozen=True)
@@ -67,9 +68,12 @@ class Encoder:
     def study(self, slices: Slices) -> tuple[npt.NDArray[np.intp], StudyOutput]:
         """int16 HU (Z, size, size) -> which slices were looked at, and what the model made of them in all views."""
         chosen = self.choose(len(slices))
+        return chosen, self.look(slices[chosen])
+
+    def look(self, chosen: Slices) -> StudyOutput:
+        """What the model makes of the slices of a study that were chosen, int16 HU (S, size, size), in all views."""
         # each view by itself: batches of another shape would round differently
-        outputs = [self.studies([self.encode(slices[chosen], view)])[0] for view in self.views]
-        return chosen, combined(outputs)
+        return combined([self.studies([self.encode(chosen, view)])[0] for view in self.views])
 
     def encode(self, slices: Slices, view: View = AS_IT_IS) -> Floats:
         """int16 HU (S, size, size) -> features (S, D), as a view shows them."""
@@ -134,8 +138,8 @@ class Encoder:
                 output = self.classifier(values.to(device), mask.to(device))
                 logits, weights, pooled = (part.float().cpu().numpy() for part in output)
                 results += [
-                    StudyOutput(logits[row], weights[row, : len(one)], pooled[row], logits[row : row + 1])
-                    for row, one in enumerate(some)
+                    StudyOutput(logits[row], weights[row, : len(one)], pooled[row], logits[row : row + 1], one)
+                    for row, one in enumerate(features[start : start + STUDIES_AT_ONCE])
                 ]
         return results
 
@@ -150,8 +154,8 @@ def combined(outputs: Sequence[StudyOutput]) -> StudyOutput:
     def mean(parts: Sequence[Floats] | Floats) -> Floats:
         return np.asarray(np.mean(parts, axis=0, dtype=np.float64), np.float32)
 
-    views = np.concatenate([one.views for one in outputs])
-    return StudyOutput(mean(views), mean([one.weights for one in outputs]), outputs[0].pooled, views)
+    views, plain = np.concatenate([one.views for one in outputs]), outputs[0]
+    return plain._replace(logits=mean(views), weights=mean([one.weights for one in outputs]), views=views)
 
 
 def softmax(logits: npt.NDArray[np.floating[Any]], temperature: float = 1.0) -> Floats:

@@ -34,11 +34,16 @@ from medvit.records import AIR_HU, Preprocessing, Scan, Window, resolve_window
 Slices = npt.NDArray[np.int16]
 
 
-def prepare_slices(scan: Scan, preprocessing: Preprocessing) -> Slices:
+def prepare_slices(scan: Scan, preprocessing: Preprocessing, chosen: npt.NDArray[np.intp] | None = None) -> Slices:
     """Orient, resize in plane to square pixels, and pad with air to a square: shapes are kept.
 
+    Args:
+        scan: (Z, Y, X).
+        preprocessing: orientation and size.
+        chosen: (S,) which slices of the oriented scan; None: all.
+
     Returns:
-        int16 HU, (Z, size, size).
+        int16 HU, (S, size, size).
     """
     oriented = reorient_lps(scan) if preprocessing.orientation == "LPS" else scan
     size, (_, rows, columns) = preprocessing.size, oriented.hu.shape
@@ -47,7 +52,8 @@ def prepare_slices(scan: Scan, preprocessing: Preprocessing) -> Slices:
     down, across = max(1, round(rows * y_mm * scale)), max(1, round(columns * x_mm * scale))
     # area averaging below, bilinear above: no aliasing of noise into texture
     method = cv2.INTER_AREA if down < rows or across < columns else cv2.INTER_LINEAR
-    resized = np.stack([cv2.resize(plane, (across, down), interpolation=method) for plane in oriented.hu])
+    planes = oriented.hu if chosen is None else oriented.hu[chosen]
+    resized = np.stack([cv2.resize(plane, (across, down), interpolation=method) for plane in planes])
     top, left = (size - down) // 2, (size - across) // 2
     margins = ((0, 0), (top, size - down - top), (left, size - across - left))
     square = np.pad(resized, margins, constant_values=AIR_HU)

@@ -1,41 +1,55 @@
 """Batch inference over an export folder: a result or a reason for every file, and a second run that continues.
 
 One case per study, its best volume (`medvit.data.selection` has the rule). A case that fails is set aside with a code
-and the others go on.
+and the others go on. What cannot be made good by going on (no room, the folder is gone) ends the run with what was done
+kept; running it again continues.
 """
 
 from __future__ import annotations
 
-import csv
-import hashlib
+import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from itertools import takewhile
 from pathlib import Path
 
-import pandas as pd
-
-from medvit.data.cache import read_case
-from medvit.data.manifest import unlabelled_cases
-from medvit.data.pipelines import prepare_slices
 from medvit.data.places import index_path
-from medvit.data.selection import NotSelected
-from medvit.deployment.ledger import Ledger, Stored
-from medvit.evaluation.predictions import write_predictions
+from medvit.deployment.account import account_files, account_series, named, withdraw
+from medvit.deployment.choice import Listed, Studies, choose_due, list_studies
+from medvit.deployment.delivery import Delivery, sweep
+from medvit.deployment.engines import ENGINES
+from medvit.deployment.ledger import Ledger, State
+from medvit.deployment.options import BatchOptions
+from medvit.deployment.outputs import export
+from medvit.deployment.pipeline import WriteBehind
+from medvit.deployment.premises import occupied
+from medvit.deployment.work import Answer
 from medvit.inference import Model
-from medvit.io import FileEntry, Inventory, scan_folder
-from medvit.records import REASONS, Case, Outcome, Prediction, ReasonCode, ScanError, UsageError
+from medvit.io import Inventory, scan_folder
+from medvit.io.disk import require_room
+from medvit.records import MedvitError, Outcome, ReasonCode, UsageError
+
+BYTES_PER_RESULT = 900_000
+"""A picture, a report, a row: what must be free for each study."""
+
+Clock = Callable[[], datetime]
+Start = Callable[[str, int], None]
+Step = Callable[[str], None]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Summary:
     """What a batch did.
 
     Attributes:
         seen: files; `used`, `quarantined`, `rejected` and `skipped` add up to it.
-        predicted: cases predicted by this run.
-        kept: cases whose result was already there.
-        failed: cases set aside when reading their pixels, by this run or an earlier one.
+        predicted: studies predicted by this run; `failed` were set aside by it.
+        kept: studies whose result, or reason, was already there.
+        waiting: studies left for the next run, because of a limit, a stop or a choice.
+        stopped: whether it was told to stop.
+        text: of all that the output folder holds, as in summary.txt.
     """
 
     seen: int
@@ -44,137 +58,158 @@ class Summary:
     rejected: int
     skipped: int
     predicted: int
-    kept: int
     failed: int
+    kept: int
+    waiting: int
+    stopped: bool
+    text: str
+
+
+def utc_now() -> datetime:
+    """The time, to the second: DICOM results carry it."""
+    return datetime.now(UTC).replace(microsecond=0)
 
 
 def predict_folder(
     folder: Path,
     model: Model,
     output: Path,
+    options: BatchOptions | None = None,
     *,
-    assume_hu: bool = False,
-    settled_s: float = 0.0,
-    start: Callable[[str, int], None] = lambda _what, _total: None,
-    step: Callable[[str], None] = lambda _: None,
+    clock: Clock = utc_now,
+    stop: Callable[[], bool] = lambda: False,
+    start: Start = lambda _what, _total: None,
+    step: Step = lambda _: None,
 ) -> Summary:
-    """Predict each study below a folder, and write predictions.csv, quarantine.csv and the ledger to `output`.
+    """Predict each study below a folder; the results go to `output`.
 
     Args:
         folder: the export.
         model: what predicts.
-        output: kept between runs.
-        assume_hu: take values without rescale tags for HU, flagged.
-        settled_s: leave series with a file that changed within so many seconds for the next run.
+        output: kept between runs, one run at a time.
+        options: what and how.
+        clock: for the times that results carry.
+        stop: asked before each study; true ends the run in order.
         start: told of each piece of work and its length; `step` of each unit done.
         step: see `start`.
 
     Raises:
-        UsageError: no such folder, nothing that is CT in it, or `output` belongs to another model.
+        UsageError: no such folder, nothing that is CT in it; `output` belongs to another model, is in use or unfit.
+        MedvitError: the run cannot go on; what is done is kept.
     """
-    start("listing files", 0)
-    inventory = scan_folder(
-        folder, assume_hu=assume_hu, index=index_path(folder), settled_s=settled_s, progress=lambda _: step("")
-    )
-    if not inventory.series:
-        raise UsageError(f"{folder}: no CT among {len(inventory.files)} files. medvit-inspect says what each one is.")
-    cases, not_selected = unlabelled_cases(inventory)
-    with Ledger(output / "ledger.sqlite", model.info.weights_sha256) as ledger:
-        start("predicting", len(cases))
-        new = [_settle(case, model, ledger, step, assume_hu=assume_hu) for case in cases]
-        settled = [(case, stored) for case in cases if (stored := ledger.find(case.case_id)) is not None]
-        ledger.put_files(_account(inventory, settled, not_selected))
-        export(ledger, output, model.info.classes)
-        outcomes = Counter(entry.outcome for entry in ledger.files())
-    return Summary(
-        seen=sum(outcomes.values()),
-        used=sum(outcomes[outcome] for outcome in Outcome if outcome.used),
-        quarantined=outcomes[Outcome.QUARANTINE],
-        rejected=outcomes[Outcome.REJECT],
-        skipped=outcomes[Outcome.SKIP],
-        predicted=sum(new),
-        kept=len(cases) - sum(new),
-        failed=sum(stored.row is None for _, stored in settled),
-    )
+    options = options or BatchOptions()
+    hashes = model.info.weights_sha256, options.config_sha256(model)
+    with occupied(output), Ledger(output / "ledger.sqlite", *hashes) as ledger:
+        start("listing files", 0)
+        inventory = scan_folder(
+            folder,
+            assume_hu=options.assume_hu,
+            index=index_path(folder),
+            settled_s=options.settled_s,
+            progress=lambda _: step(""),
+        )
+        if not inventory.series:
+            raise UsageError(
+                f"{folder}: no CT among {len(inventory.files)} files. medvit-inspect says what each one is."
+            )
+        studies = list_studies(inventory, options.wanted, options.study)
+        withdraw(studies, ledger)
+        due = choose_due(studies.listed, ledger, options.wanted)
+        if options.dicom:
+            require_room(output, BYTES_PER_RESULT * len(due), f"the results of {len(due)} studies")
+        ledger.queue([(one.study, one.case.case_id, one.fingerprint) for one in due], clock())
+        sweep(output, ledger.results())
+        start("predicting", len(due))
+        done = _predict(due, model, output, options, ledger, stop, step)
+        _account(inventory, studies, options, ledger)
+        text = export(ledger, output, model.info.classes)
+        return _summary(studies, ledger, done, text, stopped=stop())
 
 
-def _settle(case: Case, model: Model, ledger: Ledger, step: Callable[[str], None], *, assume_hu: bool) -> bool:
-    """Make sure that the ledger holds the result of a case; True where it had to be computed."""
-    fingerprint = _fingerprint(case)
-    known = ledger.find(case.case_id)
-    if known is not None and known.fingerprint == fingerprint:
-        step("")
-        return False
-    ledger.put(_predict(case, model, fingerprint, assume_hu=assume_hu))
-    step("")
-    return True
+def _predict(
+    due: Sequence[Listed],
+    model: Model,
+    output: Path,
+    options: BatchOptions,
+    ledger: Ledger,
+    stop: Callable[[], bool],
+    step: Step,
+) -> Counter[State]:
+    """Work on what is due, and deliver each answer; how many ended how."""
+    deliver = Delivery(output, ledger, model.preprocessing, options.context(model, utc_now()), options.row)
+    progress = Progress(len(due))
+    going_on = takewhile(lambda _: not stop(), iter(due))
+    with WriteBehind[tuple[str, Answer]](lambda item: progress.count(deliver(*item).state)) as writer:
+        for one, answer in ENGINES[options.engine](going_on, model, options):
+            if answer.code == ReasonCode.IO_ERROR:
+                _require_folder(Path(one.case.root))
+            writer.put((one.study, answer))
+            step(progress.text())
+    return progress.states
 
 
-def _predict(case: Case, model: Model, fingerprint: str, *, assume_hu: bool) -> Stored:
+class Progress:
+    """How far a run is, and how fast."""
+
+    def __init__(self, total: int) -> None:
+        self.total, self.began, self.states = total, time.monotonic(), Counter[State]()
+
+    def count(self, state: State) -> None:
+        """One more study ended so."""
+        self.states[state] += 1
+
+    def text(self) -> str:
+        """Counts by outcome, studies a minute, and the time that the rest will take."""
+        done, minutes = sum(self.states.values()), (time.monotonic() - self.began) / 60
+        rate = done / minutes if minutes > 0 else 0.0
+        left = f", about {_duration((self.total - done) / rate)} left" if rate else ""
+        return f"{self.states[State.DONE]} predicted, {self.states[State.FAILED]} set aside, {rate:.0f} a minute{left}"
+
+
+def _duration(minutes: float) -> str:
+    return f"{minutes / 60:.1f} h" if minutes >= 90 else f"{minutes:.0f} min"
+
+
+def _require_folder(folder: Path) -> None:
+    """A share that was unmounted would otherwise set aside all that is left, study by study."""
     try:
-        scan = read_case(case, assume_hu=assume_hu)
-        flagged = replace(case, codes=tuple(dict.fromkeys((*case.codes, *scan.codes))))
-        prediction = model.predict_slices(prepare_slices(scan, model.preprocessing), flagged)
-    except ScanError as error:
-        return Stored(case.case_id, fingerprint, None, str(error.code), error.detail)
-    except Exception as error:  # noqa: BLE001  one case never stops a batch; its kind is kept, its text may hold identity
-        return Stored(case.case_id, fingerprint, None, str(ReasonCode.WORKER_DIED), type(error).__name__)
-    return Stored(case.case_id, fingerprint, prediction.to_row())
+        there = next(folder.iterdir(), None) is not None
+    except OSError:
+        there = False
+    if not there:
+        raise MedvitError(
+            f"{folder}: the folder is gone, or empty; is it still mounted? What was done is kept: run the command "
+            "again when the files are back."
+        )
 
 
-def _fingerprint(case: Case) -> str:
-    """Changes when a slice arrives, goes or changes: the study is then predicted again."""
-    lines = []
-    for name in sorted(case.files):
-        status = (Path(case.root) / name).stat()
-        lines.append(f"{name} {status.st_size} {status.st_mtime_ns}")
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+def _account(inventory: Inventory, studies: Studies, options: BatchOptions, ledger: Ledger) -> None:
+    entries = account_files(inventory, studies, ledger.failed(), options.wanted)
+    ledger.put_account(
+        account_series(inventory, studies, options),
+        named(entries, options),
+    )
 
 
-def _account(
-    inventory: Inventory, settled: Iterable[tuple[Case, Stored]], not_selected: Iterable[NotSelected]
-) -> Iterable[FileEntry]:
-    """The inventory's entries, corrected by what selection and reading found out.
-
-    By path, because a multi-frame file may hold several volumes: it is used where one of them is, else set aside where
-    one failed, else not selected.
-    """
-    used, failed = set[str](), dict[str, Stored]()
-    for case, stored in settled:
-        if stored.row is None:
-            failed |= dict.fromkeys(case.files, stored)
-        else:
-            used.update(case.files)
-    passed = {name: other.detail for other in not_selected for name in other.series.files}
-    for entry in inventory.files:
-        if not entry.outcome.used or entry.path in used:
-            yield entry
-        elif entry.path in failed:
-            yield _failed(entry, failed[entry.path])
-        elif entry.path in passed:
-            detail = passed[entry.path]
-            yield entry._replace(outcome=Outcome.SKIP, code=ReasonCode.NOT_SELECTED, detail=detail)
-        else:
-            yield entry
+def _summary(studies: Studies, ledger: Ledger, done: Counter[State], text: str, *, stopped: bool) -> Summary:
+    files = ledger.outcomes()
+    ended = sum(done.values())
+    settled = sum(1 for one in studies.listed if _settled(one, ledger))
+    return Summary(
+        seen=sum(files.values()),
+        used=sum(count for outcome, count in files.items() if outcome.used),
+        quarantined=files[Outcome.QUARANTINE],
+        rejected=files[Outcome.REJECT],
+        skipped=files[Outcome.SKIP],
+        predicted=done[State.DONE],
+        failed=done[State.FAILED],
+        kept=settled - ended,
+        waiting=len(studies.listed) - settled,
+        stopped=stopped,
+        text=text,
+    )
 
 
-def _failed(entry: FileEntry, stored: Stored) -> FileEntry:
-    code = ReasonCode(stored.code)
-    outcome = REASONS[code].outcome
-    return entry._replace(outcome=outcome if outcome.bad else Outcome.QUARANTINE, code=code, detail=stored.detail)
-
-
-def export(ledger: Ledger, output: Path, classes: Sequence[str]) -> None:
-    """Write predictions.csv and quarantine.csv from the ledger; without a prediction, the header alone."""
-    rows = [stored.row for stored in ledger.results() if stored.row is not None]
-    nobody = Prediction(case_id="", patient_id="", probabilities=dict.fromkeys(classes, 1 / len(classes)))
-    columns = None if rows else list(nobody.to_row())
-    write_predictions(pd.DataFrame(rows, columns=columns), output / "predictions.csv")
-    part = output / "quarantine.csv.part"
-    with part.open("w", encoding="utf-8", newline="") as stream:
-        writer = csv.writer(stream)
-        writer.writerow(("path", "series_uid", "code", "detail"))
-        for entry in ledger.files():
-            if entry.outcome.bad:
-                writer.writerow((entry.path, entry.series_uid, entry.code, entry.detail))
-    part.replace(output / "quarantine.csv")
+def _settled(one: Listed, ledger: Ledger) -> bool:
+    known = ledger.find(one.study)
+    return known is not None and known.state is not State.WAITING and known.fingerprint == one.fingerprint

@@ -1,39 +1,105 @@
 """What a batch has done, in one SQLite file: the only memory of a run, from which its CSVs are exported.
 
-A result is done when its row is committed, not when some file exists. The journal is write-ahead, so that a kill at any
-moment leaves the last commit.
+A result is done when its row is committed, not when some file exists. The journal is write-ahead and every commit is
+flushed to the disk, so that a kill or a power cut at any moment leaves the last commit. One process writes; anybody may
+look, while it does.
+
+One row per study, because a study has one result: late slices, or a better series, reopen it, and the next result takes
+the place of the first. A study gets its time when it is queued, so that the result of a run that was killed and of one
+that was not are the same to the byte.
 """
 
 from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import astuple, dataclass, fields
+from datetime import datetime
+from enum import StrEnum
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 from medvit.io import FileEntry
-from medvit.records import Outcome, ReasonCode, UsageError
+from medvit.records import MedvitError, Outcome, ReasonCode, UsageError
 
+SCHEMA_VERSION = 2
 SCHEMA = """
-CREATE TABLE IF NOT EXISTS run (model_sha256 TEXT NOT NULL);
-CREATE TABLE IF NOT EXISTS result (
-    case_id TEXT PRIMARY KEY, fingerprint TEXT NOT NULL, row TEXT, code TEXT NOT NULL, detail TEXT NOT NULL);
-CREATE TABLE IF NOT EXISTS file (
-    path TEXT PRIMARY KEY, outcome TEXT NOT NULL, code TEXT NOT NULL, detail TEXT NOT NULL, series_uid TEXT NOT NULL);
+CREATE TABLE run (model_sha256 TEXT NOT NULL, config_sha256 TEXT NOT NULL);
+CREATE TABLE result (
+    study TEXT PRIMARY KEY, case_id TEXT NOT NULL, fingerprint TEXT NOT NULL, queued TEXT NOT NULL, state TEXT NOT NULL,
+    row TEXT NOT NULL, slices TEXT NOT NULL, code TEXT NOT NULL, detail TEXT NOT NULL,
+    sr TEXT NOT NULL, sc TEXT NOT NULL, made TEXT NOT NULL);
+CREATE TABLE series (
+    study_uid TEXT NOT NULL, series_uid TEXT NOT NULL, part INTEGER NOT NULL, outcome TEXT NOT NULL,
+    codes TEXT NOT NULL, detail TEXT NOT NULL, files INTEGER NOT NULL, PRIMARY KEY (study_uid, series_uid, part));
+CREATE TABLE file (
+    name TEXT PRIMARY KEY, path TEXT NOT NULL, outcome TEXT NOT NULL, code TEXT NOT NULL, detail TEXT NOT NULL,
+    series_uid TEXT NOT NULL);
+CREATE TABLE sent (name TEXT NOT NULL, target TEXT NOT NULL, time TEXT NOT NULL, PRIMARY KEY (name, target));
 """
 
 
-@dataclass(frozen=True)
-class Stored:
-    """The result of one case: a row of predictions.csv, or why there is none."""
+class State(StrEnum):
+    """Where a study stands."""
 
+    WAITING = "waiting"
+    DONE = "done"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What is known of one study.
+
+    Attributes:
+        study: its UID, or what stands for it.
+        case_id: of the series that was chosen.
+        fingerprint: of the files it was made from.
+        queued: when it was found, as ISO 8601.
+        row: of predictions.csv; empty without a prediction. While a study waits again, what it had before.
+        slices: those that decided, (number, weight).
+        code: why there is no prediction; `detail` too, or why there is no DICOM result.
+        sr: name of its report in `sr/`, empty where there is none; `sc` of its picture likewise.
+        made: the time that report and picture carry.
+    """
+
+    study: str
     case_id: str
     fingerprint: str
-    row: dict[str, Any] | None
+    queued: str
+    state: State = State.WAITING
+    row: dict[str, Any]
+    slices: tuple[tuple[int, float], ...] = ()
     code: str = ""
     detail: str = ""
+    sr: str = ""
+    sc: str = ""
+    made: str = ""
+
+
+class SeriesEntry(NamedTuple):
+    """What became of one volume of the folder."""
+
+    study_uid: str
+    series_uid: str
+    part: int
+    outcome: str
+    codes: str
+    detail: str
+    files: int
+
+
+class NamedFile(NamedTuple):
+    """What became of a file; `name` is a keyed hash of its path, told only where the file was set aside."""
+
+    name: str
+    entry: FileEntry
+
+
+class LedgerError(MedvitError):
+    """The ledger cannot be written: nothing can be called done any more."""
 
 
 class Ledger:
@@ -42,29 +108,43 @@ class Ledger:
     Args:
         path: the SQLite file; made when missing.
         model_sha256: a ledger belongs to one model.
+        config_sha256: and to one configuration.
 
     Raises:
-        UsageError: the ledger belongs to another model, or is in use or damaged.
+        UsageError: the ledger belongs to another model or configuration, or is in use, damaged or of another version.
     """
 
-    def __init__(self, path: Path, model_sha256: str) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    def __init__(self, path: Path, model_sha256: str, config_sha256: str) -> None:
+        self.path, self.model_sha256, self.config_sha256 = path, model_sha256, config_sha256
         try:
-            self.connection = sqlite3.connect(path, timeout=5, isolation_level=None)
+            # the thread that delivers results writes, and nobody else while it does
+            self.connection = sqlite3.connect(path, timeout=5, isolation_level=None, check_same_thread=False)
             self.connection.execute("PRAGMA journal_mode=WAL")
             self.connection.execute("PRAGMA synchronous=FULL")
-            self.connection.executescript(SCHEMA)
-            known = self.connection.execute("SELECT model_sha256 FROM run").fetchone()
+            known = self._opened(model_sha256, config_sha256)
         except sqlite3.DatabaseError as error:
             raise UsageError(f"{path}: the ledger cannot be used ({error}). Give another --output folder.") from None
-        if known is None:
-            self.connection.execute("INSERT INTO run VALUES (?)", (model_sha256,))
-        elif known[0] != model_sha256:
-            self.connection.close()
-            raise UsageError(
-                f"{path.parent}: holds the results of another model ({known[0][:12]}, this is {model_sha256[:12]}). "
-                "Results of two models are not mixed: give another --output folder."
-            )
+        for what, theirs, ours in zip(("model", "configuration"), known, (model_sha256, config_sha256), strict=True):
+            if theirs != ours:
+                self.connection.close()
+                raise UsageError(
+                    f"{path.parent}: holds the results of another {what} ({theirs[:12]}, this is {ours[:12]}). "
+                    "Results of two are not mixed: give another --output folder."
+                )
+
+    def _opened(self, *ours: str) -> tuple[str, ...]:
+        """Whose ledger it is; ours when it is new. Tables and owner are there together or not at all."""
+        version = self.connection.execute("PRAGMA user_version").fetchone()[0]
+        tables = self.connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+        if not tables:
+            with self._transaction():
+                for statement in SCHEMA.split(";"):
+                    self.connection.execute(statement)
+                self.connection.execute("INSERT INTO run VALUES (?, ?)", ours)
+                self.connection.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
+        elif version != SCHEMA_VERSION:
+            raise sqlite3.DatabaseError("written by another version of medvit")
+        return tuple(self.connection.execute("SELECT * FROM run").fetchone())
 
     def __enter__(self) -> Self:
         return self
@@ -72,38 +152,117 @@ class Ledger:
     def __exit__(self, *_: object) -> None:
         self.connection.close()
 
-    def find(self, case_id: str) -> Stored | None:
-        """The stored result of a case."""
-        row = self.connection.execute("SELECT * FROM result WHERE case_id = ?", (case_id,)).fetchone()
-        return None if row is None else _stored(row)
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        """All or nothing, on the disk at the end."""
+        try:
+            self.connection.execute("BEGIN IMMEDIATE")
+            yield
+            self.connection.execute("COMMIT")
+        except BaseException:
+            if self.connection.in_transaction:
+                self.connection.execute("ROLLBACK")
+            raise
 
-    def put(self, result: Stored) -> None:
-        """Commit the result of a case, in place of an earlier one."""
-        row = None if result.row is None else json.dumps(result.row)
-        values = (result.case_id, result.fingerprint, row, result.code, result.detail)
-        self.connection.execute("INSERT OR REPLACE INTO result VALUES (?, ?, ?, ?, ?)", values)
+    def find(self, study: str) -> Result | None:
+        """What is known of a study."""
+        row = self.connection.execute(f"SELECT {_COLUMNS} FROM result WHERE study = ?", (study,)).fetchone()
+        return None if row is None else _result(row)
 
-    def results(self) -> list[Stored]:
-        """All results, by case."""
-        return [_stored(row) for row in self.connection.execute("SELECT * FROM result ORDER BY case_id")]
+    def queue(self, found: Iterable[tuple[str, str, str]], now: datetime) -> None:
+        """Put studies (study, case_id, fingerprint) on the list, in one transaction; what they had stays till then."""
+        rows = [(*one, now.isoformat()) for one in found]
+        with _told(self.path), self._transaction():
+            self.connection.executemany(
+                "INSERT INTO result VALUES (?, ?, ?, ?, 'waiting', '{}', '[]', '', '', '', '', '') "
+                "ON CONFLICT (study) DO UPDATE SET case_id = excluded.case_id, fingerprint = excluded.fingerprint, "
+                "queued = excluded.queued, state = 'waiting' WHERE state <> 'waiting' OR fingerprint <> "
+                "excluded.fingerprint OR case_id <> excluded.case_id",
+                rows,
+            )
 
-    def put_files(self, entries: Iterable[FileEntry]) -> None:
-        """Replace the account of files, in one transaction."""
-        rows = [(e.path, str(e.outcome), str(e.code or ""), e.detail, e.series_uid) for e in entries]
-        self.connection.execute("BEGIN")
-        self.connection.execute("DELETE FROM file")
-        self.connection.executemany("INSERT INTO file VALUES (?, ?, ?, ?, ?)", rows)
-        self.connection.execute("COMMIT")
+    def put(self, result: Result) -> None:
+        """Commit the result of a study, in place of an earlier one."""
+        values = astuple(result)
+        packed = [json.dumps(value) if isinstance(value, dict | tuple) else value for value in values]
+        with _told(self.path):
+            self.connection.execute(f"INSERT OR REPLACE INTO result ({_COLUMNS}) VALUES ({_MARKS})", packed)
 
-    def files(self) -> list[FileEntry]:
-        """The account of files, by path."""
-        rows = self.connection.execute("SELECT path, outcome, code, detail, series_uid FROM file ORDER BY path")
-        return [
-            FileEntry(path, Outcome(outcome), ReasonCode(code) if code else None, detail, series_uid)
-            for path, outcome, code, detail, series_uid in rows
-        ]
+    def failed(self) -> dict[str, Result]:
+        """Studies without a prediction."""
+        query = f"SELECT {_COLUMNS} FROM result WHERE state = ?"
+        return {row[0]: _result(row) for row in self.connection.execute(query, (str(State.FAILED),))}
+
+    def results(self) -> Iterator[Result]:
+        """All results, by study."""
+        for row in self.connection.execute(f"SELECT {_COLUMNS} FROM result ORDER BY study"):
+            yield _result(row)
+
+    def put_account(self, series: Iterable[SeriesEntry], files: Iterable[NamedFile]) -> None:
+        """Replace the account of series and files, in one transaction."""
+        with _told(self.path), self._transaction():
+            self.connection.execute("DELETE FROM series")
+            self.connection.execute("DELETE FROM file")
+            self.connection.executemany("INSERT INTO series VALUES (?, ?, ?, ?, ?, ?, ?)", series)
+            self.connection.executemany(
+                "INSERT INTO file VALUES (?, ?, ?, ?, ?, ?)",
+                ((name, e.path, str(e.outcome), str(e.code or ""), e.detail, e.series_uid) for name, e in files),
+            )
+
+    def set_aside(self) -> Iterator[FileEntry]:
+        """Files that could not be used, by path."""
+        bad = [str(outcome) for outcome in Outcome if outcome.bad]
+        rows = self.connection.execute(
+            f"SELECT path, outcome, code, detail, series_uid FROM file WHERE outcome IN ({','.join('?' * len(bad))}) "
+            "ORDER BY path",
+            bad,
+        )
+        for path, outcome, code, detail, series_uid in rows:
+            yield FileEntry(path, Outcome(outcome), ReasonCode(code), detail, series_uid)
+
+    def outcomes(self) -> dict[Outcome, int]:
+        """Files by outcome; they add up to the files seen."""
+        rows = dict(self.connection.execute("SELECT outcome, count(*) FROM file GROUP BY outcome"))
+        return {outcome: rows.get(str(outcome), 0) for outcome in Outcome}
+
+    def reasons(self) -> dict[str, int]:
+        """Files that could not be used, by reason code."""
+        bad = [str(outcome) for outcome in Outcome if outcome.bad]
+        marks = ",".join("?" * len(bad))
+        return dict(
+            self.connection.execute(f"SELECT code, count(*) FROM file WHERE outcome IN ({marks}) GROUP BY code", bad)
+        )
+
+    def unsent(self, target: str) -> list[str]:
+        """Results, as paths in the output folder, that a PACS has not got yet."""
+        known = {name for (name,) in self.connection.execute("SELECT name FROM sent WHERE target = ?", (target,))}
+        made = [name for one in self.results() for name in (one.sr, one.sc) if name]
+        return [name for name in made if name not in known]
+
+    def put_sent(self, name: str, target: str, now: datetime) -> None:
+        """Remember that a PACS has a result."""
+        with _told(self.path):
+            self.connection.execute("INSERT OR REPLACE INTO sent VALUES (?, ?, ?)", (name, target, now.isoformat()))
 
 
-def _stored(row: tuple[Any, ...]) -> Stored:
-    case_id, fingerprint, data, code, detail = row
-    return Stored(case_id, fingerprint, None if data is None else json.loads(data), code, detail)
+_COLUMNS = ", ".join(field.name for field in fields(Result))
+_MARKS = ", ".join("?" for _ in fields(Result))
+
+
+def _result(row: tuple[Any, ...]) -> Result:
+    values = dict(zip((field.name for field in fields(Result)), row, strict=True))
+    slices = tuple((number, weight) for number, weight in json.loads(values.pop("slices")))
+    return Result(**values | {"row": json.loads(values["row"]), "slices": slices, "state": State(values["state"])})
+
+
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """What SQLite says of a failed write, as what a person can act on."""
+    try:
+        yield
+    except sqlite3.OperationalError as error:
+        full = "full" in str(error)
+        do = "make room" if full else "see to the disk"
+        raise LedgerError(
+            f"{path}: the ledger cannot be written ({error}). What it holds is safe: {do} and run the command again."
+        ) from None

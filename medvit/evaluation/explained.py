@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from medvit.evaluation.metrics import Interval
 
-PREFERRED = ("gradient", "rollout", "attention")
+PREFERRED: tuple[Literal["gradient", "rollout", "attention"], ...] = ("gradient", "rollout", "attention")
 """The first knows the class, the second all blocks."""
 
 

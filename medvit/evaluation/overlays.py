@@ -1,4 +1,4 @@
-"""A slice as a radiologist would see it, and beside it the same slice with a relevance map over it, as PNG."""
+"""A slice as a radiologist would see it, and beside it the same slice with a relevance map over it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,15 @@ STRONGEST = 0.65
 def draw_overlay(
     hu: npt.NDArray[np.integer], relevance: npt.NDArray[np.floating], windows: Sequence[str | Window]
 ) -> bytes:
-    """PNG of two panels side by side.
+    """PNG of `overlay_panels`."""
+    _, encoded = cv2.imencode(".png", overlay_panels(hu, relevance, windows)[:, :, ::-1])
+    return encoded.tobytes()
+
+
+def overlay_panels(
+    hu: npt.NDArray[np.integer], relevance: npt.NDArray[np.floating], windows: Sequence[str | Window]
+) -> npt.NDArray[np.uint8]:
+    """Two panels side by side, RGB (SIDE, 2 * SIDE + GAP, 3).
 
     The narrowest of the model's windows is shown: it tells tissues apart. Colour goes from the least to the most
     relevant patch of this slice; nothing is coloured where all patches are alike.
@@ -42,5 +50,4 @@ def draw_overlay(
     colour = mpl.colormaps["inferno"](heat)[:, :, :3]
     opacity = STRONGEST * heat[:, :, None]
     both = np.concatenate([grey, np.ones((SIDE, GAP, 3)), grey * (1 - opacity) + colour * opacity], axis=1)
-    _, encoded = cv2.imencode(".png", np.round(255 * both[:, :, ::-1]).astype(np.uint8))
-    return encoded.tobytes()
+    return np.round(255 * both).astype(np.uint8)

@@ -127,7 +127,7 @@ def check_predictions(frame: pd.DataFrame, name: str = "predictions") -> pd.Data
 
 
 def write_predictions(predictions: Sequence[Prediction] | pd.DataFrame, path: str | Path) -> None:
-    """Write predictions.csv: contract column order, UTF-8, all or nothing; optional columns only where known.
+    """Write predictions.csv: contract column order, `table_bytes`, all or nothing; optional columns only where known.
 
     Text that a spreadsheet would run as a formula gets a leading quote, which `read_predictions` takes off again.
     """
@@ -143,10 +143,15 @@ def write_predictions(predictions: Sequence[Prediction] | pd.DataFrame, path: st
     order = [c for c in known if c in frame] + [c for c in frame.columns if c not in known]
     if "fold" in frame:
         frame["fold"] = frame["fold"].map(lambda fold: _read_cell(fold).removesuffix(".0"))
-    frame = frame[order].map(_safe_cell).rename(columns=_safe_cell)
+    frame = frame[order].map(safe_cell).rename(columns=safe_cell)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, frame.to_csv(index=False, lineterminator="\n").encode())
+    write_whole(path, table_bytes(frame.to_csv(index=False, lineterminator="\n")))
+
+
+def table_bytes(text: str) -> bytes:
+    """A CSV as UTF-8, with a byte order mark where it goes beyond ASCII: Excel takes it for its own code page else."""
+    return text.encode("utf-8" if text.isascii() else "utf-8-sig")
 
 
 def _read_cell(value: object) -> str:
@@ -160,7 +165,8 @@ def _read_cell(value: object) -> str:
     return "" if text in ("nan", "NaN") else text
 
 
-def _safe_cell(value: object) -> object:
+def safe_cell(value: object) -> object:
+    """A cell that no spreadsheet runs."""
     return f"'{value}" if isinstance(value, str) and value.startswith(FORMULA_STARTS) else value
 
 

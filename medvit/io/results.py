@@ -1,7 +1,7 @@
 """What results written as DICOM have in common: who made them, their codes, their names.
 
-A result belongs into the study that it is about. UIDs, and with them file names, are hashes of study, series, model and
-configuration: writing a result again gives the same object, and nothing that a source contains reaches a path. The
+A result belongs into the study that it is about. UIDs, and with them file names, are hashes of study, series, images,
+model and configuration: writing a result again gives the same object, and nothing of a source reaches a path. The
 header is made here and not by highdicom, which would parse the source's names, refuse some and ask the clock; it makes
 the content of reports alone.
 """
@@ -109,12 +109,17 @@ def uid_of(kind: str, source: Source, context: ResultContext, *parts: str) -> st
     return result_uid(kind, *source.uids, context.model_sha256, context.config_sha256, *parts)
 
 
+def sop_instance_uid(kind: str, source: Source, context: ResultContext, *parts: str) -> str:
+    """Of the result of a kind: of these images, for a series that has more of them since has another result."""
+    return uid_of(kind, source, context, source.images, *parts)
+
+
 def start_document(sop_class: str, kind: str, source: Source, context: ResultContext, *parts: str) -> Dataset:
     """An object of the source's study: patient, study, series, equipment and SOP common modules (PS3.3 C.7, C.12.1).
 
     Args:
         sop_class: of the object.
-        kind: of result: objects of one kind form a series.
+        kind: of result: objects of one kind form a series of the study.
         source: the series.
         context: model and time.
         parts: what tells the object from others of its series.
@@ -122,8 +127,9 @@ def start_document(sop_class: str, kind: str, source: Source, context: ResultCon
     document = Dataset()
     copy_patient_study(document, source)
     document.SOPClassUID = UID(sop_class)
-    document.SOPInstanceUID = UID(uid_of(kind, source, context, *parts))
-    document.SeriesInstanceUID = UID(uid_of(f"{kind} series", source, context))
+    document.SOPInstanceUID = UID(sop_instance_uid(kind, source, context, *parts))
+    series = result_uid(f"{kind} series", source.uids[0], context.model_sha256, context.config_sha256)
+    document.SeriesInstanceUID = UID(series)
     document.SeriesDescription = f"medvit {kind}, {RESEARCH_USE.lower()}"
     document.Manufacturer, document.ManufacturerModelName = "medvit", context.model_name
     document.DeviceSerialNumber, document.SoftwareVersions = context.model_sha256[:64], context.model_version

@@ -7,6 +7,7 @@ with the images.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +59,12 @@ class Source:
         """Of study and series."""
         shared = self.slices[0].shared
         return shared.study_uid, shared.series_uid
+
+    @property
+    def images(self) -> str:
+        """Hash of which images there are."""
+        uids = sorted({one.sop_uid for one in self.slices})
+        return hashlib.sha256("\n".join(uids).encode("utf-8", "surrogatepass")).hexdigest()
 
     def image(self, number: int) -> SliceHeader | None:
         """The image that is slice `number` of a prediction; None: no single one is."""

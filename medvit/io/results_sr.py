@@ -49,7 +49,9 @@ SERIES_NUMBER = 9100
 
 
 @unjudged()
-def write_sr(prediction: Prediction, source: Source, context: ResultContext, folder: Path) -> Path:
+def write_sr(
+    prediction: Prediction, source: Source, context: ResultContext, folder: Path, *, predecessor: str = ""
+) -> Path:
     """Write a prediction as a structured report; the file is named by its UID.
 
     Args:
@@ -57,6 +59,7 @@ def write_sr(prediction: Prediction, source: Source, context: ResultContext, fol
         source: the series.
         context: model, codes and time.
         folder: made when missing.
+        predecessor: SOPInstanceUID of the report of this study by this model whose place it takes.
 
     Raises:
         ValueError: the prediction is of another series.
@@ -71,6 +74,8 @@ def write_sr(prediction: Prediction, source: Source, context: ResultContext, fol
     document.ReferencedPerformedProcedureStepSequence = []
     document.PerformedProcedureCodeSequence = []
     document.CurrentRequestedProcedureEvidenceSequence = [_evidence(source)]
+    if predecessor:
+        document.PredecessorDocumentsSequence = [_predecessor(predecessor, source, document.SeriesInstanceUID)]
     document.CodingSchemeIdentificationSequence = [_coding_scheme()]
     (content,) = _report(prediction, source, context)
     document.update(content)
@@ -155,10 +160,22 @@ def _concept(code: Finding) -> CodedConcept:
 
 def _evidence(source: Source) -> Dataset:
     """All images of the series, each once (PS3.3 C.17.2, table C.17-3)."""
-    study, series = Dataset(), Dataset()
     images = {one.sop_uid: reference(one, whole=True) for one in source.slices}
-    study.StudyInstanceUID, series.SeriesInstanceUID = source.uids
-    series.ReferencedSOPSequence = list(images.values())
+    return _in_study(*source.uids, list(images.values()))
+
+
+def _predecessor(sop_uid: str, source: Source, series_uid: str) -> Dataset:
+    """The report that this one replaces (PS3.3 C.17.2); reports of a study form one series."""
+    item = Dataset()
+    item.ReferencedSOPClassUID, item.ReferencedSOPInstanceUID = Comprehensive3DSRStorage, sop_uid
+    return _in_study(source.uids[0], series_uid, [item])
+
+
+def _in_study(study_uid: str, series_uid: str, objects: list[Dataset]) -> Dataset:
+    """Hierarchical SOP Instance Reference macro (PS3.3 table C.17-3)."""
+    study, series = Dataset(), Dataset()
+    study.StudyInstanceUID, series.SeriesInstanceUID = study_uid, series_uid
+    series.ReferencedSOPSequence = objects
     study.ReferencedSeriesSequence = [series]
     return study
 

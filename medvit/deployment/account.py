@@ -1,0 +1,91 @@
+"""What became of every series and file of a folder, once selection and reading have had their say."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+
+from medvit.data.pseudonym import pseudonym
+from medvit.deployment.choice import Studies, Wanted, study_of
+from medvit.deployment.ledger import Ledger, NamedFile, Result, SeriesEntry, State
+from medvit.deployment.options import BatchOptions
+from medvit.io import FileEntry, Inventory
+from medvit.records import REASONS, Outcome, ReasonCode
+
+
+def account_files(
+    inventory: Inventory, studies: Studies, results: Mapping[str, Result], wanted: Wanted
+) -> Iterator[FileEntry]:
+    """The inventory's entries, corrected by what selection and reading found out.
+
+    By path, because a multi-frame file may hold several volumes: it is used where one of them is, else set aside where
+    one failed, else not selected. Files of other shards are theirs.
+    """
+    used, failed = set[str](), dict[str, Result]()
+    for one in studies.listed:
+        result = results.get(one.study)
+        if result is not None and result.state is State.FAILED:
+            failed |= dict.fromkeys(one.case.files, result)
+        else:
+            used.update(one.case.files)
+    passed = {name: other.detail for other in studies.not_selected for name in other.series.files}
+    for entry in inventory.files:
+        if not wanted.mine(entry.study_uid or entry.series_uid or entry.path):
+            continue
+        if not entry.outcome.used or entry.path in used:
+            yield entry
+        elif entry.path in failed:
+            yield _failed(entry, failed[entry.path])
+        elif entry.path in passed:
+            yield entry._replace(outcome=Outcome.SKIP, code=ReasonCode.NOT_SELECTED, detail=passed[entry.path])
+        else:
+            yield entry
+
+
+def _failed(entry: FileEntry, result: Result) -> FileEntry:
+    code = ReasonCode(result.code)
+    outcome = REASONS[code].outcome
+    return entry._replace(outcome=outcome if outcome.bad else Outcome.QUARANTINE, code=code, detail=result.detail)
+
+
+def account_series(inventory: Inventory, studies: Studies, options: BatchOptions) -> Iterator[SeriesEntry]:
+    """One entry per volume; what became of the chosen ones is in the results."""
+    passed = {other.series.key: other.detail for other in studies.not_selected}
+    for series in inventory.series:
+        if not options.wanted.mine(study_of(series)):
+            continue
+        outcome, codes, detail = str(series.outcome), " ".join(series.codes), series.detail
+        if series.key in passed:
+            outcome, codes, detail = str(Outcome.SKIP), str(ReasonCode.NOT_SELECTED), passed[series.key]
+        uids = options.study(series.study_uid), options.named("series", series.uid)
+        yield SeriesEntry(*uids, series.part, outcome, codes, detail, len(series.files))
+
+
+def named(entries: Iterable[FileEntry], options: BatchOptions) -> Iterator[NamedFile]:
+    """Entries under hashes of their paths; the path itself stays with those that were set aside."""
+    for entry in entries:
+        path = options.path(entry.path) if entry.outcome.bad else ""
+        shown = entry._replace(path=path, series_uid=options.named("series", entry.series_uid))
+        yield NamedFile(pseudonym("path", entry.path), shown)
+
+
+def withdraw(studies: Studies, ledger: Ledger) -> None:
+    """A result does not outlive its images: where no series of the study can be used any more, it has a reason instead.
+
+    A study that is not in the folder at all keeps its result, and so does one whose slices are just arriving.
+    """
+    for study, series in studies.unusable.items():
+        known = ledger.find(study)
+        if known is None or known.state is not State.DONE or ReasonCode.INCOMPLETE in series.codes or not series.codes:
+            continue
+        ledger.put(
+            Result(
+                study=study,
+                case_id=known.case_id,
+                fingerprint="",
+                queued=known.queued,
+                state=State.FAILED,
+                row={},
+                code=str(series.codes[0]),
+                detail=series.detail,
+            )
+        )

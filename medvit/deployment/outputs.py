@@ -1,0 +1,117 @@
+"""What people and programs read of a run, exported from its ledger: CSVs, JSON, and a page of plain text.
+
+Nothing in them depends on when or how often a run was interrupted. Text is UTF-8; where it goes beyond ASCII it begins
+with a byte order mark, without which Excel shows Japanese as noise.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from medvit.deployment.ledger import Ledger, Result, State
+from medvit.evaluation.predictions import safe_cell, table_bytes, write_predictions
+from medvit.io.disk import write_whole
+from medvit.records import REASONS, Outcome, Prediction, ReasonCode
+
+PREDICTIONS, QUARANTINE, RESULTS, SUMMARY = "predictions.csv", "quarantine.csv", "results.json", "summary.txt"
+
+
+def export(ledger: Ledger, folder: Path, classes: Sequence[str]) -> str:
+    """Write all of them; returns the text of the summary."""
+    _write_predictions(ledger, folder / PREDICTIONS, classes)
+    _write_quarantine(ledger, folder / QUARANTINE)
+    documents = [_document(result) for result in ledger.results()]
+    write_whole(folder / RESULTS, (json.dumps(documents, indent=1, ensure_ascii=False) + "\n").encode())
+    text = summary(ledger)
+    write_whole(folder / SUMMARY, text.encode())
+    return text
+
+
+def _write_predictions(ledger: Ledger, path: Path, classes: Sequence[str]) -> None:
+    """Without a prediction, the header alone."""
+    rows = [result.row for result in ledger.results() if result.row]
+    nobody = Prediction(case_id="", patient_id="", probabilities=dict.fromkeys(classes, 1 / len(classes)))
+    write_predictions(pd.DataFrame(rows, columns=None if rows else list(nobody.to_row())), path)
+
+
+def _write_quarantine(ledger: Ledger, path: Path) -> None:
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(("path", "series_uid", "code", "detail"))
+    for entry in ledger.set_aside():
+        writer.writerow(map(safe_cell, (entry.path, entry.series_uid, entry.code, entry.detail)))
+    write_whole(path, table_bytes(text.getvalue()))
+
+
+def _document(result: Result) -> dict[str, Any]:
+    """One study for a program: numbers are numbers, and what is not known is null."""
+    row = {name: value for name, value in result.row.items() if value not in ("", None)}
+    probabilities = {name[2:]: row.pop(name) for name in list(row) if name.startswith("p_")}
+    return {
+        "study": result.study,
+        "state": str(result.state),
+        "code": result.code or None,
+        "detail": result.detail or None,
+        **row,
+        "probabilities": probabilities or None,
+        "flags": row.get("flags", "").split(),
+        "deciding_slices": [{"slice": number + 1, "weight": round(weight, 6)} for number, weight in result.slices],
+        "report": result.sr or None,
+        "picture": result.sc or None,
+    }
+
+
+def summary(ledger: Ledger) -> str:
+    """A page for whoever comes in the morning: what was found, what was set aside and what to do about it."""
+    tally = Tally()
+    for result in ledger.results():
+        tally.add(result)
+    files = ledger.outcomes()
+    used = sum(count for outcome, count in files.items() if outcome.used)
+    lines = [
+        f"model     {ledger.model_sha256[:12]}, configuration {ledger.config_sha256[:12]}",
+        f"studies   {tally.states[State.DONE]} predicted ({_listed(tally.called) or 'none'}), "
+        f"{tally.states[State.FAILED]} set aside, {tally.states[State.WAITING]} waiting",
+        f"files     {sum(files.values())} seen: {used} used, {files[Outcome.QUARANTINE]} quarantined, "
+        f"{files[Outcome.REJECT]} rejected, {files[Outcome.SKIP]} skipped",
+        f"flags     {_listed(tally.flags) or 'none'}",
+        f"DICOM     {tally.reports} reports, {tally.pictures} pictures"
+        + (f"; {tally.bare} predictions without (results.json says why)" if tally.bare else ""),
+    ]
+    of_files = ledger.reasons()
+    for code in sorted({*tally.failed, *of_files}):
+        studies = f"{tally.failed[code]} studies, " if tally.failed[code] else ""
+        lines.append(f"{code}: {studies}{of_files.get(code, 0)} files; {REASONS[ReasonCode(code)].remedy}")
+    return "\n".join(lines) + "\n"
+
+
+class Tally:
+    """Counts over results."""
+
+    def __init__(self) -> None:
+        self.states, self.called, self.flags, self.failed = (Counter[str]() for _ in range(4))
+        self.reports = self.pictures = self.bare = 0
+
+    def add(self, result: Result) -> None:
+        """Count one."""
+        self.states[result.state] += 1
+        if result.state is State.FAILED:
+            self.failed[result.code] += 1
+        if result.row:
+            self.called[f"{result.row['predicted']}"] += 1
+            self.flags.update(result.row["flags"].split())
+            self.bare += not result.sr
+        self.reports += bool(result.sr)
+        self.pictures += bool(result.sc)
+
+
+def _listed(counts: Counter[str]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))
