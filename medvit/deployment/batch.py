@@ -24,7 +24,7 @@ from medvit.deployment.ledger import Ledger, State
 from medvit.deployment.options import BatchOptions
 from medvit.deployment.outputs import export
 from medvit.deployment.pipeline import WriteBehind
-from medvit.deployment.premises import occupied
+from medvit.deployment.premises import occupied, written
 from medvit.deployment.work import Answer
 from medvit.inference import Model
 from medvit.io import Inventory, scan_folder
@@ -122,7 +122,8 @@ def predict_folder(
         start("predicting", len(due))
         done = _predict(due, model, output, options, ledger, stop, step)
         _account(inventory, studies, options, ledger)
-        text = export(ledger, output, model.info.classes)
+        with written(output):
+            text = export(ledger, output, model.info.classes)
         return _summary(studies, ledger, done, text, stopped=stop())
 
 

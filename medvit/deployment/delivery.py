@@ -12,7 +12,9 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
+from medvit.deployment.choice import PASSING
 from medvit.deployment.ledger import Ledger, Result, State
+from medvit.deployment.premises import written
 from medvit.deployment.work import Answer, source_files
 from medvit.io import ResultContext, Source, deciding_slices, open_source, sop_instance_uid, write_sc, write_sr
 from medvit.records import Case, Prediction, Preprocessing, ScanError
@@ -42,7 +44,15 @@ class Delivery:
     to_row: Callable[[Prediction], Row]
 
     def __call__(self, study: str, answer: Answer) -> Result:
-        """Deliver the answer of a study that is queued."""
+        """Deliver the answer of a study that is queued.
+
+        Raises:
+            MedvitError: it cannot be written; nothing can be delivered any more.
+        """
+        with written(self.folder):
+            return self._delivered(study, answer)
+
+    def _delivered(self, study: str, answer: Answer) -> Result:
         before = self.ledger.find(study)
         assert before is not None  # answers are asked for what was queued
         bare = Result(study=study, case_id=before.case_id, fingerprint=before.fingerprint, queued=before.queued, row={})
@@ -67,6 +77,8 @@ class Delivery:
         try:
             source = self._source(answer.case)
         except ScanError as error:
+            if error.code in PASSING:  # gone since it was read: the next run sees to the study
+                return replace(result, state=State.FAILED, row={}, slices=(), code=str(error.code), detail=error.detail)
             return replace(result, detail=f"no DICOM result ({error.code}: {error.detail})")
         same = before.sr == f"{REPORTS}/{sop_instance_uid('report', source, self.context)}.dcm"
         made = before.made if same and before.made else result.queued

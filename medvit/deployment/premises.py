@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 
-from medvit.records import UsageError
+from medvit.records import MedvitError, UsageError
 
 NETWORK = {"nfs", "nfs4", "cifs", "smb2", "smb3", "smbfs", "afs", "afpfs", "ncpfs", "webdav", "davfs", "fuse.davfs2"}
 NETWORK |= {"fuse.sshfs", "ceph", "fuse.ceph", "lustre", "gpfs", "beegfs", "glusterfs", "fuse.glusterfs", "fuse.rclone"}
@@ -48,6 +48,22 @@ def occupied(folder: Path) -> Iterator[Path]:
         stream.write(str(os.getpid()))
         stream.flush()
         yield folder
+
+
+@contextmanager
+def written(folder: Path) -> Iterator[None]:
+    """What the system says of a failed write to the folder, as what a person can act on.
+
+    Raises:
+        MedvitError: it cannot be written any more.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise MedvitError(
+            f"{folder}: cannot be written any more ({os.strerror(error.errno or 5)}). What was done is kept: see to "
+            "the disk and run the command again."
+        ) from None
 
 
 def _lock(descriptor: int, folder: Path) -> None:

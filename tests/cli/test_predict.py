@@ -144,9 +144,7 @@ def test_a_failed_volume_sets_its_own_files_aside_and_all_files_are_accounted_fo
     monkeypatch.setattr(work, "read_case", fail)
     predict.main([str(export.folder), "--model", str(trained), "--output", str(tmp_path)])
     assert account(tmp_path, files) == {(Outcome.QUARANTINE, ReasonCode.HU_IMPLAUSIBLE, "constant")}
-    seen, *parts = map(
-        int, re.findall(r"(\d+) (?:seen|used|quarantined|rejected|skipped)", capsys.readouterr().out)
-    )
+    seen, *parts = map(int, re.findall(r"(\d+) (?:seen|used|quarantined|rejected|skipped)", capsys.readouterr().out))
     assert seen == sum(parts) == len([path for path in export.folder.rglob("*") if path.is_file()])
 
 
