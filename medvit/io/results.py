@@ -1,9 +1,9 @@
 """What results written as DICOM have in common: who made them, their codes, their names.
 
 A result belongs into the study that it is about. UIDs, and with them file names, are hashes of study, series, images,
-model and configuration: writing a result again gives the same object, and nothing of a source reaches a path. The
-header is made here and not by highdicom, which would parse the source's names, refuse some and ask the clock; it makes
-the content of reports alone.
+model and configuration: writing a result again gives the same object, and nothing of a source reaches a path. Identity
+is the source's to the byte, or with `ResultContext.pseudonym` none. The header is made here and not by highdicom, which
+would parse the source's names, refuse some and ask the clock; it makes the content of reports alone.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import UID, ExplicitVRLittleEndian
 
 from medvit.io.disk import write_whole
+from medvit.io.deidentify import Pseudonym, deidentify
 from medvit.io.results_source import Source, copy_patient_study
 from medvit.records import Prediction
 
@@ -57,6 +58,8 @@ class ResultContext:
         config_sha256: of whatever else decided the prediction.
         now: when the result was made; the same for the same result, or a repeat is not the same to the byte.
         findings: class name -> code; classes without one get a private code.
+        pseudonym: (kind, value) -> hash under a key: results carry pseudonyms in place of identity, in name and
+            content (`medvit.io.deidentify`); None: identity as in the source.
     """
 
     model_name: str
@@ -65,6 +68,7 @@ class ResultContext:
     config_sha256: str
     now: datetime
     findings: Mapping[str, Finding] = field(default_factory=dict)
+    pseudonym: Pseudonym | None = None
 
     def __post_init__(self) -> None:
         for text in (self.model_name, self.model_version):
@@ -154,6 +158,13 @@ def unjudged() -> Iterator[None]:
             yield
     finally:
         settings.reading_validation_mode, settings.writing_validation_mode = before
+
+
+def finish(document: Dataset, source: Source, context: ResultContext, folder: Path) -> Path:
+    """Take identity out if wanted, and write."""
+    if context.pseudonym is not None:
+        deidentify(document, context.pseudonym, context.pseudonym("patient", source.patient))
+    return save(document, folder)
 
 
 def save(document: Dataset, folder: Path) -> Path:

@@ -11,7 +11,7 @@ from pydicom.dataset import Dataset
 from pydicom.sr.codedict import codes
 from pydicom.uid import SecondaryCaptureImageStorage
 
-from medvit.io.results import RESEARCH_USE, ResultContext, save, start_document, unjudged
+from medvit.io.results import RESEARCH_USE, ResultContext, finish, start_document, unjudged
 from medvit.io.results_source import Source, copy_lossy, reference
 
 SERIES_NUMBER = 9101
@@ -48,7 +48,7 @@ def write_sc(rgb: npt.NDArray[np.uint8], number: int, source: Source, context: R
         document.SourceImageSequence = [item]
     copy_lossy(document, source)
     _put_pixels(document, draw_research_use(rgb))
-    return save(document, folder)
+    return finish(document, source, context, folder)
 
 
 def draw_research_use(rgb: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:

@@ -66,6 +66,12 @@ class Source:
         uids = sorted({one.sop_uid for one in self.slices})
         return hashlib.sha256("\n".join(uids).encode("utf-8", "surrogatepass")).hexdigest()
 
+    @property
+    def patient(self) -> str:
+        """What a pseudonym of the patient is made from, here as in predictions: the id, else the study."""
+        shared = self.slices[0].shared
+        return shared.patient[0] or shared.study_uid
+
     def image(self, number: int) -> SliceHeader | None:
         """The image that is slice `number` of a prediction; None: no single one is."""
         return None if self.across else self.slices[number]

@@ -34,9 +34,9 @@ from medvit.io.results import (
     Finding,
     ResultContext,
     deciding_slices,
+    finish,
     private_code,
     result_uid,
-    save,
     start_document,
     uid_of,
     unjudged,
@@ -79,8 +79,9 @@ def write_sr(
     document.CodingSchemeIdentificationSequence = [_coding_scheme()]
     (content,) = _report(prediction, source, context)
     document.update(content)
-    _spell(content.ContentSequence, source)
-    return save(document, folder)
+    if context.pseudonym is None:  # otherwise the character set is not the source's
+        _spell(content.ContentSequence, source)
+    return finish(document, source, context, folder)
 
 
 def _report(prediction: Prediction, source: Source, context: ResultContext) -> MeasurementReport:
