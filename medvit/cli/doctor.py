@@ -1,7 +1,7 @@
 """medvit-doctor: what will work on this machine and what will not.
 
 Checks codecs, CPU and devices, OpenCV, configs, disk, memory, the site's key, and how large the caches are (they hold
-pixels: PHI).
+pixels: PHI). With --audit it checks instead that the audit of a folder of results is as it was written.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import importlib
 import json
 import os
 import platform
+import re
 import shutil
 from collections.abc import Callable
 from importlib.metadata import version
@@ -21,9 +22,11 @@ import psutil
 from medvit import __version__, data
 from medvit.cli.console import Parser, command, tables
 from medvit.config import shipped_configs
+from medvit.deployment import audit_check
+from medvit.deployment.audit_line import Head
 from medvit.io import sandbox, selftest
 from medvit.io.faults import can_decode
-from medvit.records import EXIT_DONE, MedvitError
+from medvit.records import EXIT_DONE, EXIT_REFUSED, MedvitError, UsageError
 
 TRANSFER_SYNTAXES = {
     "1.2.840.10008.1.2.5": "RLE",
@@ -50,6 +53,10 @@ def parser() -> Parser:
     """The arguments."""
     result = Parser("doctor", __doc__ or "")
     result.add_argument("--json", action="store_true", help="one JSON document on stdout")
+    result.add_argument("--audit", type=Path, metavar="FILE", help="check OUT/audit.jsonl; ends with 4 if it is broken")
+    result.add_argument(
+        "--audit-end", metavar="N:HASH", help="an end of it that was kept elsewhere: are all entries up to it there?"
+    )
     return result
 
 
@@ -57,6 +64,8 @@ def parser() -> Parser:
 def main(argv: list[str] | None = None) -> int:
     """Run the command."""
     arguments = parser().parse_args(argv)
+    if arguments.audit:
+        return check_audit(arguments.audit, arguments.audit_end, as_json=arguments.json)
     findings = [finding for check in CHECKS for finding in check()]
     if arguments.json:
         print(json.dumps([finding._asdict() for finding in findings], indent=1))
@@ -65,6 +74,32 @@ def main(argv: list[str] | None = None) -> int:
     for what, works, detail in findings:
         console.print(f"{'ok ' if works else 'NO '} {what:28} {detail}", highlight=False, markup=False)
     return EXIT_DONE
+
+
+def check_audit(path: Path, end: str | None, *, as_json: bool) -> int:
+    """Verify an audit and say so.
+
+    Raises:
+        UsageError: no such file, no key to check it with, or the end is not N:HASH.
+    """
+    if not path.is_file():
+        raise UsageError(f"{path} is no file. Give the audit.jsonl of a folder of results.")
+    if not os.environ.get("MEDVIT_SITE_KEY") and not data.site_key_path().is_file():
+        raise UsageError("this machine has no site key, without which nobody can check an audit: run it where it is.")
+    verdict = audit_check.verify(path, data.site_key(), _parse_end(end) if end else None)
+    if as_json:
+        problems = [problem._asdict() for problem in verdict.problems]
+        print(json.dumps({"intact": verdict.intact, **verdict.head._asdict(), "problems": problems}, indent=1))
+    else:
+        print("\n".join(audit_check.told(verdict)))
+    return EXIT_DONE if verdict.intact else EXIT_REFUSED
+
+
+def _parse_end(text: str) -> Head:
+    entries, _, hashed = text.partition(":")
+    if not entries.isdecimal() or not re.fullmatch("[0-9a-f]{64}", hashed):
+        raise UsageError("--audit-end takes N:HASH, as an earlier check printed it.")
+    return Head(int(entries), hashed)
 
 
 def check_versions() -> list[Finding]:

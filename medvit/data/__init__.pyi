@@ -13,6 +13,7 @@ from .monai_reader import MedvitReader as MedvitReader
 from .places import default_cache_dir as default_cache_dir
 from .places import index_path as index_path
 from .pseudonym import pseudonym as pseudonym
+from .pseudonym import site_key as site_key
 from .pseudonym import site_key_path as site_key_path
 from .selection import NotSelected as NotSelected
 from .selection import select_series as select_series
