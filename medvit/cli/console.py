@@ -1,7 +1,7 @@
 """What all commands share: arguments that teach, errors in plain words, progress bars or plain lines.
 
 Results go to stdout, everything else to stderr. No message carries identity: errors of libraries, whose text may hold
-header values, are shown by kind only unless MEDVIT_DEBUG is set.
+header values, are shown by kind only unless MEDVIT_DEBUG is set; their logs and warnings never (`medvit.cli.logs`).
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import logging
 import os
 import sys
 import time
-import warnings
 from collections.abc import Callable
 from types import TracebackType
 from typing import Self
@@ -20,6 +19,7 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from medvit.cli.logs import identity_withheld
 from medvit.records import EXIT_UNEXPECTED, EXIT_USAGE, MedvitError
 
 PLAIN_WIDTH = 150
@@ -53,8 +53,7 @@ def command(run: Callable[[list[str] | None], int]) -> Callable[[list[str] | Non
         logging.getLogger("timm").setLevel(logging.ERROR)
         logging.getLogger("lightning_fabric").setLevel(logging.ERROR)
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
+            with identity_withheld():
                 return run(argv)
         except MedvitError as error:
             print(f"error: {error}", file=sys.stderr)
