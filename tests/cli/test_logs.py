@@ -247,6 +247,8 @@ def test_unexpected_errors_are_as_documented(debug, tmp_path):
             import logging, warnings
             logging.getLogger("pydicom").warning("Canary^Log")
             warnings.warn("Canary^Warning")
+            warnings.simplefilter("always")
+            warnings.warn("Canary^Warning")
             raise ValueError("Canary^Error")
         sys.exit(command(run)([]))
     """

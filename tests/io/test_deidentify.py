@@ -331,6 +331,14 @@ def test_new_uids_are_legal_and_as_different_as_the_old(one, other, key):
         assert (new == keyed_uid(other, keyed(key))) == (one == other)
 
 
+def test_a_new_uid_has_more_bits_than_one_pseudonym():
+    seen = {keyed_uid("1.2", lambda kind, value, changed=changed: f"{kind == changed:08d}") for changed in KINDS}
+    assert len(seen) == len(KINDS)
+
+
+KINDS = ("uid", "uid, other half", "neither")
+
+
 @pytest.mark.parametrize("leak", [lambda kind, value: value, lambda kind, value: "", lambda kind, value: "é" * 9])
 def test_what_is_no_pseudonym_is_refused_before_anything_is_written(tmp_path, leak):
     source = open_source(Ct().write(tmp_path / "ct"))
