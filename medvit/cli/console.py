@@ -29,7 +29,7 @@ PLAIN_SECONDS = 15.0
 """Without a terminal: a line at most this often."""
 
 EXIT_CODES = """exit codes: 0 done; 1 unexpected error; 2 wrong usage, configuration or labels; 3 done, and some input
-was quarantined or rejected (listed); 4 refused by a gate (leakage, fairness tolerance, self-test)"""
+was quarantined or rejected (listed); 4 refused by a gate (leakage, fairness tolerance, self-test, audit)"""
 
 
 class Parser(argparse.ArgumentParser):
