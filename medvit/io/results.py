@@ -26,8 +26,8 @@ from pydicom.config import IGNORE, settings
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import UID, ExplicitVRLittleEndian
 
-from medvit.io.disk import write_whole
 from medvit.io.deidentify import Pseudonym, deidentify
+from medvit.io.disk import write_whole
 from medvit.io.results_source import Source, copy_patient_study
 from medvit.records import Prediction
 
