@@ -235,6 +235,15 @@ def test_batch_results_hold_paths_in_the_quarantine_and_nothing_else(results):
     assert "North Clinic" in (output / "predictions.csv").read_text()  # sites are results
 
 
+def test_batch_results_hold_nothing_that_names_a_person_when_told_to(hospital, run, tmp_path):
+    said = told(predict.main, hospital.folder, "--model", run[0], "--output", tmp_path / "out", "--deidentify")
+    assert said.status == 3
+    assert list((tmp_path / "out" / "sr").iterdir())
+    assert not found(tmp_path / "out", *EVERYWHERE)
+    assert not found(tmp_path / "out", re.compile(rb"North Clinic|St\.? Elsewhere|Hill University"))
+    assert not found(said.stdout + said.stderr + said.logs, *EVERYWHERE)
+
+
 def test_names_of_outputs_and_caches_are_no_names_of_patients(run, results):
     for output, _ in (run, results):
         names = "\n".join(str(path.relative_to(output)) for path in output.rglob("*"))

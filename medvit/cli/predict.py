@@ -198,7 +198,7 @@ def _tell(done: Summary, arguments: argparse.Namespace) -> None:
     print(
         f"{done.predicted} studies predicted, {done.kept} already done, {done.failed} set aside while reading"
         + (f", {done.waiting} waiting" if done.waiting else "")
-        + f"\n{done.text}results   {arguments.output}",
+        + f"\n{done.text}results   {arguments.output}\naudit     {done.audit}",
         flush=True,
     )
 

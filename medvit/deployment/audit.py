@@ -22,6 +22,7 @@ from typing import Self
 
 from medvit.deployment.audit_check import Verdict, verify
 from medvit.deployment.audit_line import START, Head, check_field, derive_key, head_of, seal, unseal
+from medvit.io.disk import sync_folder
 from medvit.records import GateError, UsageError
 
 __all__ = ["Audit", "AuditBrokenError", "AuditWriteError", "Head", "Verdict", "verify"]
@@ -134,7 +135,7 @@ class Audit:
             raise AuditWriteError(f"{self.path.name}: another medvit writes here. Wait for it, or end it.") from None
         size = os.fstat(self._file).st_size
         if not size:
-            _sync_folder(self.path.parent)
+            sync_folder(self.path.parent)
             return
         whole, newline, torn = os.pread(self._file, 2 * MAX_LINE, max(0, size - 2 * MAX_LINE)).rpartition(b"\n")
         self.head = self._end_of(whole.rpartition(b"\n")[2]) if newline else START
@@ -170,10 +171,3 @@ def _begins_entry(torn: bytes) -> bool:
     start = b'{"seq":1,"time":'
     # a power cut can leave zeros where the length was written and the content was not
     return torn.startswith(start[: len(torn)]) or not torn.strip(b"\0")
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    with suppress(OSError):  # where folders cannot be flushed, a power cut may cost a new file
-        os.fsync(descriptor)
-    os.close(descriptor)

@@ -15,8 +15,11 @@ from datetime import UTC, datetime
 from itertools import takewhile
 from pathlib import Path
 
+import medvit
 from medvit.data.places import index_path
+from medvit.data.pseudonym import site_key
 from medvit.deployment.account import account_files, account_series, named, withdraw
+from medvit.deployment.audit import Audit
 from medvit.deployment.choice import Listed, Studies, choose_due, list_studies
 from medvit.deployment.delivery import Delivery, sweep
 from medvit.deployment.engines import ENGINES
@@ -34,6 +37,9 @@ from medvit.records import MedvitError, Outcome, ReasonCode, UsageError
 BYTES_PER_RESULT = 900_000
 """A picture, a report, a row: what must be free for each study."""
 
+AUDIT = "audit.jsonl"
+"""What was started, decided, written and sent, by whom it concerns under hashes: `medvit-doctor --audit` checks it."""
+
 Clock = Callable[[], datetime]
 Start = Callable[[str, int], None]
 Step = Callable[[str], None]
@@ -49,6 +55,7 @@ class Summary:
         kept: studies whose result, or reason, was already there.
         waiting: studies left for the next run, because of a limit, a stop or a choice.
         stopped: whether it was told to stop.
+        audit: end of the audit, "N:HASH": kept elsewhere, it shows whether lines were removed.
         text: of all that the output folder holds, as in summary.txt.
     """
 
@@ -62,6 +69,7 @@ class Summary:
     kept: int
     waiting: int
     stopped: bool
+    audit: str
     text: str
 
 
@@ -99,7 +107,11 @@ def predict_folder(
     """
     options = options or BatchOptions()
     hashes = model.info.weights_sha256, options.config_sha256(model)
-    with occupied(output), Ledger(output / "ledger.sqlite", *hashes) as ledger:
+    with (
+        occupied(output),
+        Ledger(output / "ledger.sqlite", *hashes) as ledger,
+        Audit(output / AUDIT, site_key(), clock) as audit,
+    ):
         start("listing files", 0)
         inventory = scan_folder(
             folder,
@@ -120,24 +132,33 @@ def predict_folder(
         ledger.queue([(one.study, one.case.case_id, one.fingerprint) for one in due], clock())
         sweep(output, ledger.results())
         start("predicting", len(due))
-        done = _predict(due, model, output, options, ledger, stop, step)
+        audit.append(
+            "started",
+            model_sha256=hashes[0],
+            config_sha256=hashes[1],
+            version=medvit.__version__,
+            seen=len(inventory.files),
+            count=len(due),
+        )
+        deliver = Delivery(output, ledger, model.preprocessing, options.context(model, clock()), options.row, audit)
+        done = _predict(due, model, options, deliver, stop, step)
         _account(inventory, studies, options, ledger)
         with written(output):
             text = export(ledger, output, model.info.classes)
-        return _summary(studies, ledger, done, text, stopped=stop())
+        head = audit.append("stopped" if stop() else "ended", written=done[State.DONE], failed=done[State.FAILED])
+        ledger.put_audit(head)
+        return _summary(studies, ledger, done, text, f"{head.entries}:{head.hash}", stopped=stop())
 
 
 def _predict(
     due: Sequence[Listed],
     model: Model,
-    output: Path,
     options: BatchOptions,
-    ledger: Ledger,
+    deliver: Delivery,
     stop: Callable[[], bool],
     step: Step,
 ) -> Counter[State]:
     """Work on what is due, and deliver each answer; how many ended how."""
-    deliver = Delivery(output, ledger, model.preprocessing, options.context(model, utc_now()), options.row)
     progress = Progress(len(due))
     going_on = takewhile(lambda _: not stop(), iter(due))
     with WriteBehind[tuple[str, Answer]](lambda item: progress.count(deliver(*item).state)) as writer:
@@ -192,7 +213,9 @@ def _account(inventory: Inventory, studies: Studies, options: BatchOptions, ledg
     )
 
 
-def _summary(studies: Studies, ledger: Ledger, done: Counter[State], text: str, *, stopped: bool) -> Summary:
+def _summary(
+    studies: Studies, ledger: Ledger, done: Counter[State], text: str, audit: str, *, stopped: bool
+) -> Summary:
     files = ledger.outcomes()
     ended = sum(done.values())
     settled = sum(1 for one in studies.listed if _settled(one, ledger))
@@ -207,6 +230,7 @@ def _summary(studies: Studies, ledger: Ledger, done: Counter[State], text: str, 
         kept=settled - ended,
         waiting=len(studies.listed) - settled,
         stopped=stopped,
+        audit=audit,
         text=text,
     )
 

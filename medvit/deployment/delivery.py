@@ -12,11 +12,13 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
+from medvit.data.pseudonym import pseudonym
+from medvit.deployment.audit import Audit
 from medvit.deployment.choice import PASSING
 from medvit.deployment.ledger import Ledger, Result, State
 from medvit.deployment.premises import written
 from medvit.deployment.work import Answer, source_files
-from medvit.io import ResultContext, Source, deciding_slices, open_source, sop_instance_uid, write_sc, write_sr
+from medvit.io import ResultContext, Source, deciding_slices, open_source, write_sc, write_sr, written_uid
 from medvit.records import Case, Prediction, Preprocessing, ScanError
 
 REPORTS, PICTURES = "sr", "sc"
@@ -35,6 +37,7 @@ class Delivery:
         preprocessing: of the model: which way its slices are counted.
         context: of results; its time is replaced by that of the study.
         to_row: the row of predictions.csv that is kept of a prediction.
+        audit: is told before the ledger, so that nothing is done that is not recorded.
     """
 
     folder: Path
@@ -42,6 +45,7 @@ class Delivery:
     preprocessing: Preprocessing
     context: ResultContext
     to_row: Callable[[Prediction], Row]
+    audit: Audit
 
     def __call__(self, study: str, answer: Answer) -> Result:
         """Deliver the answer of a study that is queued.
@@ -66,6 +70,7 @@ class Delivery:
                 slices=deciding_slices(answer.prediction),
             )
             result = self._written(answer, answer.prediction, done, before)
+        self._record(answer, result)
         self.ledger.put(result)
         for name in (before.sr, before.sc):
             if name and name not in (result.sr, result.sc):
@@ -80,16 +85,28 @@ class Delivery:
             if error.code in PASSING:  # gone since it was read: the next run sees to the study
                 return replace(result, state=State.FAILED, row={}, slices=(), code=str(error.code), detail=error.detail)
             return replace(result, detail=f"no DICOM result ({error.code}: {error.detail})")
-        same = before.sr == f"{REPORTS}/{sop_instance_uid('report', source, self.context)}.dcm"
+        same = before.sr == f"{REPORTS}/{written_uid('report', source, self.context)}.dcm"
         made = before.made if same and before.made else result.queued
         context = replace(self.context, now=datetime.fromisoformat(made))
-        predecessor = "" if same else Path(before.sr).stem
+        # without identity UIDs are not those of the objects in the PACS, and nothing there is replaced
+        predecessor = "" if same or context.pseudonym else Path(before.sr).stem
         report = write_sr(prediction, source, context, self.folder / REPORTS, predecessor=predecessor)
         picture = ""
         if answer.picture is not None:
             path = write_sc(answer.picture.rgb, answer.picture.number, source, context, self.folder / PICTURES)
             picture = f"{PICTURES}/{path.name}"
         return replace(result, sr=f"{REPORTS}/{report.name}", sc=picture, made=made)
+
+    def _record(self, answer: Answer, result: Result) -> None:
+        """What was read, decided and written, in the audit."""
+        case = answer.case
+        about = {"case_id": result.case_id, "patient_id": case.patient_id, "study": pseudonym("study", case.study_uid)}
+        if result.state is State.FAILED:
+            self.audit.append("set_aside", **about, code=result.code)
+            return
+        files = [Path(name).name for name in (result.sr, result.sc) if name]
+        flags = result.row["flags"].split()
+        self.audit.append("decided", **about, predicted=result.row["predicted"], flags=flags, file=files)
 
     def _source(self, case: Case) -> Source:
         as_stored = self.preprocessing.orientation == "as_stored"

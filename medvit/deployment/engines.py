@@ -10,6 +10,7 @@ import numpy as np
 import psutil
 
 from medvit.deployment.choice import Listed
+from medvit.deployment.cluster import ray_answers
 from medvit.deployment.options import BatchOptions
 from medvit.deployment.pipeline import Budget, read_ahead
 from medvit.deployment.work import Answer, Prepared, failure, judge, prepare
@@ -51,4 +52,4 @@ def _answer(one: Listed, read: Future[Prepared], model: Model, options: BatchOpt
         return failure(one.case, error)
 
 
-ENGINES: dict[str, Engine] = {"local": local_answers}
+ENGINES: dict[str, Engine] = {"local": local_answers, "ray": ray_answers}

@@ -21,6 +21,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
+from medvit.deployment.audit_line import Head
 from medvit.io import FileEntry
 from medvit.records import MedvitError, Outcome, ReasonCode, UsageError
 
@@ -37,6 +38,7 @@ CREATE TABLE series (
 CREATE TABLE file (
     name TEXT PRIMARY KEY, path TEXT NOT NULL, outcome TEXT NOT NULL, code TEXT NOT NULL, detail TEXT NOT NULL,
     series_uid TEXT NOT NULL);
+CREATE TABLE audit (entries INTEGER NOT NULL, hash TEXT NOT NULL);
 CREATE TABLE sent (name TEXT NOT NULL, target TEXT NOT NULL, time TEXT NOT NULL, PRIMARY KEY (name, target));
 """
 
@@ -232,6 +234,17 @@ class Ledger:
         return dict(
             self.connection.execute(f"SELECT code, count(*) FROM file WHERE outcome IN ({marks}) GROUP BY code", bad)
         )
+
+    def put_audit(self, head: Head) -> None:
+        """Remember the end of the audit: without it nobody would miss its last lines."""
+        with _told(self.path), self._transaction():
+            self.connection.execute("DELETE FROM audit")
+            self.connection.execute("INSERT INTO audit VALUES (?, ?)", head)
+
+    def audit(self) -> Head | None:
+        """The end of the audit when a run last ended."""
+        row = self.connection.execute("SELECT entries, hash FROM audit").fetchone()
+        return None if row is None else Head(*row)
 
     def unsent(self, target: str) -> list[str]:
         """Results, as paths in the output folder, that a PACS has not got yet."""

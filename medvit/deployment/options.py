@@ -62,6 +62,7 @@ class BatchOptions:
             config_sha256=self.config_sha256(model),
             now=now,
             findings=self.findings,
+            pseudonym=pseudonym if self.deidentify else None,
         )
 
     def named(self, kind: str, text: str) -> str:

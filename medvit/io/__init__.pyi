@@ -9,7 +9,7 @@ from .results import Finding as Finding
 from .results import ResultContext as ResultContext
 from .results import deciding_slices as deciding_slices
 from .results import result_uid as result_uid
-from .results import sop_instance_uid as sop_instance_uid
+from .results import written_uid as written_uid
 from .results_sc import write_sc as write_sc
 from .results_source import Source as Source
 from .results_source import open_source as open_source

@@ -26,7 +26,7 @@ from pydicom.config import IGNORE, settings
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import UID, ExplicitVRLittleEndian
 
-from medvit.io.deidentify import Pseudonym, deidentify
+from medvit.io.deidentify import Pseudonym, deidentify, keyed_uid
 from medvit.io.disk import write_whole
 from medvit.io.results_source import Source, copy_patient_study
 from medvit.records import Prediction
@@ -116,6 +116,12 @@ def uid_of(kind: str, source: Source, context: ResultContext, *parts: str) -> st
 def sop_instance_uid(kind: str, source: Source, context: ResultContext, *parts: str) -> str:
     """Of the result of a kind: of these images, for a series that has more of them since has another result."""
     return uid_of(kind, source, context, source.images, *parts)
+
+
+def written_uid(kind: str, source: Source, context: ResultContext, *parts: str) -> str:
+    """`sop_instance_uid` as it is written: another under each site's key where nobody may be known by it."""
+    uid = sop_instance_uid(kind, source, context, *parts)
+    return uid if context.pseudonym is None else keyed_uid(uid, context.pseudonym)
 
 
 def start_document(sop_class: str, kind: str, source: Source, context: ResultContext, *parts: str) -> Dataset:
