@@ -97,13 +97,13 @@ def _source(folder: Path) -> Source:
 # ---- a folder of many files -----------------------------------------------------------------------------------------
 
 
-def write_export(folder: Path, files: int) -> None:
-    """Write `files` slices in series of 200, two series to a patient, each series in a folder of its own."""
+def write_export(folder: Path, files: int, slices: int = SLICES_OF_A_SERIES, per_study: int = 2) -> None:
+    """Write `files` slices in series, a study to a patient, each series in a folder of its own."""
     template = _template()
-    for first in range(0, files, SLICES_OF_A_SERIES):
-        number = first // SLICES_OF_A_SERIES
-        patient = number // 2
-        target = folder / f"PA{patient:06d}" / "ST000000" / f"SE{number % 2:06d}"
+    for first in range(0, files, slices):
+        number = first // slices
+        patient = number // per_study
+        target = folder / f"PA{patient:06d}" / "ST000000" / f"SE{number % per_study:06d}"
         target.mkdir(parents=True)
         raw = _patched(
             template,
@@ -112,7 +112,7 @@ def write_export(folder: Path, files: int) -> None:
             frame=b"%010d" % (3 * 10**9 + number),
             patient=b"ID%010d" % patient,
         )
-        for k in range(min(SLICES_OF_A_SERIES, files - first)):
+        for k in range(min(slices, files - first)):
             changed = _patched(
                 raw, instance=b"%010d" % (4 * 10**9 + first + k), position=b"%+010.2f" % k, number=b"%010d" % (k + 1)
             )

@@ -140,7 +140,9 @@ def predict_folder(
             seen=len(inventory.files),
             count=len(due),
         )
-        deliver = Delivery(output, ledger, model.preprocessing, options.context(model, clock()), options.row, audit)
+        deliver = Delivery(
+            output, ledger, model.preprocessing, options.context(model, clock()), options.row, audit, options.dicom
+        )
         done = _predict(due, model, options, deliver, stop, step)
         _account(inventory, studies, options, ledger)
         with written(output):

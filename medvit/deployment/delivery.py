@@ -37,6 +37,7 @@ class Delivery:
         preprocessing: of the model: which way its slices are counted.
         context: of results; its time is replaced by that of the study.
         to_row: the row of predictions.csv that is kept of a prediction.
+        dicom: whether reports and pictures are wanted.
         audit: is told before the ledger, so that nothing is done that is not recorded.
     """
 
@@ -46,6 +47,7 @@ class Delivery:
     context: ResultContext
     to_row: Callable[[Prediction], Row]
     audit: Audit
+    dicom: bool = True
 
     def __call__(self, study: str, answer: Answer) -> Result:
         """Deliver the answer of a study that is queued.
@@ -69,7 +71,7 @@ class Delivery:
                 row=self.to_row(answer.prediction),
                 slices=deciding_slices(answer.prediction),
             )
-            result = self._written(answer, answer.prediction, done, before)
+            result = self._written(answer, answer.prediction, done, before) if self.dicom else done
         self._record(answer, result)
         self.ledger.put(result)
         for name in (before.sr, before.sc):

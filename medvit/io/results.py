@@ -34,6 +34,9 @@ from medvit.records import Prediction
 PRIVATE_SCHEME = "99MEDVIT"
 """Coding scheme of what no standard has a code for; 99 is for private ones (PS3.16 8)."""
 
+MOST_DECIDING = 5
+"""Slices that a report points to: a model that looks at all alike would have half of them listed."""
+
 RESEARCH_USE = "RESEARCH USE"
 """On every picture and in the description of every series."""
 
@@ -91,10 +94,10 @@ def private_code(value: str, meaning: str) -> Finding:
 
 
 def deciding_slices(prediction: Prediction) -> tuple[tuple[int, float], ...]:
-    """The fewest slices (number, weight) that hold half of the attention, heaviest first."""
+    """The fewest slices (number, weight) that hold half of the attention, at most `MOST_DECIDING`, heaviest first."""
     heaviest = sorted(prediction.slice_weights, key=lambda one: -one[1])
     chosen, held = [], 0.0
-    for number, weight in heaviest:
+    for number, weight in heaviest[:MOST_DECIDING]:
         if held >= 0.5 - 1e-9:  # equal weights: half of the slices, and not one more
             break
         chosen.append((number, weight))

@@ -340,3 +340,9 @@ def test_files_of_nothing_but_damage_end_in_order(tmp_path):
     done = run(tmp_path / "in", tmp_path / "out")
     assert done.predicted == 0
     assert table(tmp_path / "out" / "predictions.csv") == []
+
+
+def test_without_dicom_there_are_tables_alone(export, tmp_path):
+    run(export, tmp_path / "out", dicom=False)
+    assert not (tmp_path / "out" / "sr").exists()
+    assert len(table(tmp_path / "out" / "predictions.csv")) == 5
