@@ -1,9 +1,12 @@
 """Fixtures of all tests: a fixed site key, and the real CT where there is some."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.orthanc import Orthanc, running
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -21,3 +24,17 @@ def real_data() -> Path:
     if not folder or not (Path(folder) / "data").is_dir():
         pytest.skip("MEDVIT_REAL_DATA names no folder with real CT")
     return Path(folder) / "data"
+
+
+@pytest.fixture(scope="session")
+def orthanc_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Orthanc]:
+    """One PACS for the whole run; use `orthanc`, which is empty at the start of a test."""
+    with running(tmp_path_factory.mktemp("orthanc")) as server:
+        yield server
+
+
+@pytest.fixture
+def orthanc(orthanc_server: Orthanc) -> Orthanc:
+    """A real PACS on loopback, empty: `.dicomweb` and `.dimse` are its addresses."""
+    orthanc_server.reset()
+    return orthanc_server

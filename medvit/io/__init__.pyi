@@ -3,6 +3,13 @@ from .geometry import reorient_lps as reorient_lps
 from .inventory import FileEntry as FileEntry
 from .inventory import Inventory as Inventory
 from .inventory import Series as Series
+from .pacs import Found as Found
+from .pacs import Pacs as Pacs
+from .pacs import Sent as Sent
+from .pacs import open_pacs as open_pacs
+from .pacs_retry import PacsError as PacsError
+from .pacs_retry import PacsRefusedError as PacsRefusedError
+from .pacs_retry import Retry as Retry
 from .reader import read as read
 from .reader import read_files as read_files
 from .results import Finding as Finding
