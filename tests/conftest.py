@@ -5,8 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-from tests.orthanc import Orthanc, running
+from orthanc import Orthanc, running
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -138,7 +138,7 @@ class _Receiver:
             self._inbox.save([head, event.request.DataSet.getbuffer()])
         except Exception as error:  # noqa: BLE001  raised again by who asked for the images
             self.fault = error
-            event.assoc.abort()
+            event.assoc.dimse.msg_queue.put((None, None))  # as pynetdicom wakes up who waits for an answer; it aborts
             return OUT_OF_RESOURCES
         return 0
 

@@ -10,7 +10,7 @@ from pynetdicom.association import Association
 from pynetdicom.presentation import build_context
 
 from medvit.io.pacs import Sent
-from medvit.io.pacs_link import CONTEXTS_LIMIT, Kind, Link, NothingAcceptedError, accepted, close
+from medvit.io.pacs_link import CONTEXTS_LIMIT, Kind, Link, NothingAcceptedError, accepted
 from medvit.io.pacs_retry import TransientError
 from medvit.io.pacs_stow import DUPLICATE
 from medvit.io.results import unjudged
@@ -77,14 +77,16 @@ class Sender:
         """End the association."""
         made, self._made = self._made, None
         if made is not None:
-            close(made)
+            self._link.close(made)
 
 
 def _kind(path: Path) -> Kind | None:
-    """From the file meta information; None: it has none."""
+    """From the file meta information; None: it has none, or an odd length, on which dcmtk hangs up without a word."""
     try:
         with unjudged():
             meta = read_file_meta_info(path)
+            if path.stat().st_size % 2:  # PS3.8 annex E: fragments are even
+                return None
             return str(meta.MediaStorageSOPClassUID), str(meta.TransferSyntaxUID)
     except Exception:  # noqa: BLE001  pydicom has nine kinds for a damaged file
         return None

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from pydicom.dataset import Dataset
-from pynetdicom import AE, _config
+from pynetdicom import AE, _config, evt
 from pynetdicom.association import Association
 from pynetdicom.presentation import PresentationContext
 
@@ -44,6 +45,7 @@ class Link:
     url: PacsUrl
     connect_s: float
     read_s: float
+    _sockets: dict[Association, socket.socket] = field(default_factory=dict, repr=False)
 
     def open(
         self, contexts: Sequence[PresentationContext], roles: Sequence[Any] = (), handlers: Sequence[Any] = ()
@@ -64,9 +66,10 @@ class Link:
             list(contexts),
             ae_title=self.url.aet,
             ext_neg=list(roles),
-            evt_handlers=list(handlers),
+            evt_handlers=[*handlers, (evt.EVT_CONN_OPEN, self._keep)],
         )
         if not made.is_established:
+            self._drop(made)
             raise self._refusal(made)
         return made
 
@@ -78,9 +81,28 @@ class Link:
         made = self.open(contexts, roles, handlers)
         try:
             yield made
-            close(made)
+        except BaseException:
+            made.abort()
+            raise
         finally:
-            made.abort()  # does nothing after a release
+            self.close(made)
+
+    def close(self, made: Association) -> None:
+        """Release an association; where it is gone already, what is left of it goes."""
+        if made.is_established:
+            made.release()
+        self._drop(made)
+
+    def _keep(self, event: Any) -> None:
+        self._sockets[event.assoc] = event.assoc.dul.socket.socket
+
+    def _drop(self, made: Association) -> None:
+        """Close the socket, which pynetdicom forgets to do where the other side was first or nobody answered."""
+        if made.is_alive():
+            made.join(1)
+        left = self._sockets.pop(made, None) or getattr(made.dul.socket, "socket", None)
+        if left is not None:
+            left.close()
 
     def _refusal(self, made: Association) -> Exception:
         if made.is_rejected:
@@ -127,12 +149,6 @@ class Link:
 def accepted(made: Association) -> set[Kind]:
     """What the PACS takes."""
     return {(str(each.abstract_syntax), str(each.transfer_syntax[0])) for each in made.accepted_contexts}
-
-
-def close(made: Association) -> None:
-    """Release an association; where it is gone already there is nothing to do."""
-    if made.is_established:
-        made.release()
 
 
 def quieten() -> None:

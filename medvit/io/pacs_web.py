@@ -10,7 +10,6 @@ import os
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +51,22 @@ class _Credentials(requests.auth.AuthBase):
         return request
 
 
+class _Session(requests.Session):
+    """Leaves wildcards and lists as they are: `*`, `?`, `,` need no escape in a query (RFC 3986 3.4).
+
+    dicomweb-client escapes them all, and Orthanc, for one, does not undo it.
+    """
+
+    def send(self, request: requests.PreparedRequest, **options: Any) -> requests.Response:
+        """Send a request."""
+        if request.url is not None:
+            address, mark, query = request.url.partition("?")
+            for escaped, plain in (("%2A", "*"), ("%3F", "?"), ("%2C", ",")):
+                query = query.replace(escaped, plain)
+            request.url = f"{address}{mark}{query}"
+        return super().send(request, **options)
+
+
 class WebWire:
     """A `Wire` over DICOMweb.
 
@@ -64,7 +79,7 @@ class WebWire:
     def __init__(self, url: PacsUrl, connect_s: float, read_s: float) -> None:
         silence("dicomweb_client", "urllib3", "requests", "retrying", "charset_normalizer")
         self._url, self._timeout = url, (connect_s, read_s)
-        self._session = requests.Session()
+        self._session = _Session()
         # a proxy is for the world outside, not for the archive of the house
         self._session.trust_env = False
         self._session.verify = os.environ.get("REQUESTS_CA_BUNDLE") or True
@@ -183,8 +198,7 @@ def _translated(url: PacsUrl) -> Iterator[None]:
     except requests.TooManyRedirects:
         raise PacsRefusedError(f"{url.place}: sends us elsewhere. Give the final address.") from None
     except requests.RequestException as error:
-        # by the names of all that is in the chain: requests has one class for half of what goes wrong with TLS
-        if any("CERTIFICATE_VERIFY_FAILED" in str(each) for each in chain([error], error.args)):
+        if "CERTIFICATE_VERIFY_FAILED" in str(error):  # requests has one class for all that goes wrong with TLS
             raise PacsRefusedError(
                 f"{url.place}: its certificate is not trusted. Name the authority's file in REQUESTS_CA_BUNDLE."
             ) from None
