@@ -213,17 +213,17 @@ def broken(how: str, body: bytes) -> Callable[[Any], Any]:
 @pytest.mark.parametrize("how", ["length", "whole", "close", "chunked"])
 def test_broken_off_in_the_middle(how: str, tmp_path: Path, image: Path) -> None:
     waits = Waits()
-    with web(broken(how, multipart(image.read_bytes(), image.read_bytes()))) as (url, _):
-        with pytest.raises(PacsError, match=r"broke.*4 tries"):
-            open_pacs(url, retry=waits.retry).fetch(STUDY, tmp_path / "study")
+    whole = multipart(image.read_bytes(), image.read_bytes())
+    with web(broken(how, whole)) as (url, _), pytest.raises(PacsError, match=r"broke.*4 tries"):
+        open_pacs(url, retry=waits.retry).fetch(STUDY, tmp_path / "study")
     assert waits == [1, 2, 4]
     assert tree(tmp_path) == ["source/IM0000.dcm"]
 
 
 def test_fewer_than_it_says(tmp_path: Path, image: Path) -> None:
-    with web(archive(multipart(image.read_bytes()), count=2)) as (url, _):
-        with pytest.raises(PacsError, match="gave 1 images of a series that has 2"):
-            open_pacs(url, retry=Waits().retry).fetch(STUDY, tmp_path / "study")
+    lying = archive(multipart(image.read_bytes()), count=2)
+    with web(lying) as (url, _), pytest.raises(PacsError, match="gave 1 images of a series that has 2"):
+        open_pacs(url, retry=Waits().retry).fetch(STUDY, tmp_path / "study")
     assert tree(tmp_path) == ["source/IM0000.dcm"]
 
 
@@ -234,9 +234,9 @@ def test_one_image_need_not_be_wrapped(tmp_path: Path, image: Path) -> None:
 
 
 def test_larger_than_allowed(tmp_path: Path, image: Path) -> None:
-    with web(archive(multipart(image.read_bytes()))) as (url, _):
-        with pytest.raises(PacsError, match="larger than 1,000 bytes"):
-            open_pacs(url).fetch(STUDY, tmp_path / "study", limit_bytes=1000)
+    lying = archive(multipart(image.read_bytes()))
+    with web(lying) as (url, _), pytest.raises(PacsError, match="larger than 1,000 bytes"):
+        open_pacs(url).fetch(STUDY, tmp_path / "study", limit_bytes=1000)
     assert tree(tmp_path) == ["source/IM0000.dcm"]
 
 
@@ -248,9 +248,11 @@ def test_a_page_instead_of_images(tmp_path: Path, image: Path) -> None:
             pacs.find({})
         assert [(one.accepted, one.code) for one in pacs.send([image])] == [(False, "UNCONFIRMED")]
     inner = archive(b"")
-    with web(lambda one: page if "/series/" in one.path else inner(one)) as (url, _):
-        with pytest.raises(PacsRefusedError, match="speaks no DICOMweb"):
-            open_pacs(url).fetch(STUDY, tmp_path / "study")
+    with (
+        web(lambda one: page if "/series/" in one.path else inner(one)) as (url, _),
+        pytest.raises(PacsRefusedError, match="speaks no DICOMweb"),
+    ):
+        open_pacs(url).fetch(STUDY, tmp_path / "study")
 
 
 def failed(reason: int | None) -> bytes:
