@@ -1,7 +1,10 @@
 """A PACS that lies, breaks off, is busy or never answers: fakes over both protocols, and nothing outside the folder."""
 
 import json
+import shutil
 import socket
+import ssl
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -37,7 +40,7 @@ class Waits(list[float]):
 
 
 @contextmanager
-def web(answer: Callable[[Any], Any]) -> Iterator[tuple[str, list[Any]]]:
+def web(answer: Callable[[Any], Any], tls: ssl.SSLContext | None = None) -> Iterator[tuple[str, list[Any]]]:
     """A server that answers with (status, type, body), or leaves the answer to `answer` where that is None."""
     seen: list[Any] = []
 
@@ -59,10 +62,12 @@ def web(answer: Callable[[Any], Any]) -> Iterator[tuple[str, list[Any]]]:
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.handle_error = lambda *_: None  # type: ignore[method-assign]  # clients hang up here
+    if tls is not None:
+        server.socket = tls.wrap_socket(server.socket, server_side=True)
     thread = threading.Thread(target=server.serve_forever, args=(0.02,))
     thread.start()
     try:
-        yield f"dicomweb+http://127.0.0.1:{server.server_port}/web", seen
+        yield f"dicomweb+http{'s' if tls else ''}://127.0.0.1:{server.server_port}/web", seen
     finally:
         server.shutdown()
         server.server_close()
@@ -161,6 +166,26 @@ def test_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
         open_pacs(url).find({})
         assert seen[-1].headers["Authorization"] == "Bearer token77"
         assert "token77" not in repr(open_pacs(url).url)
+
+
+def test_certificate_of_an_authority_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if shutil.which("openssl") is None:
+        pytest.skip("openssl is not installed")
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    command = (
+        "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=pacs -addext subjectAltName=IP:127.0.0.1".split()
+    )
+    subprocess.run([*command, "-keyout", key, "-out", certificate], check=True, capture_output=True)
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(certificate, key)
+    waits = Waits()
+    with web(archive(b""), tls) as (url, seen):
+        with pytest.raises(PacsRefusedError, match="certificate is not trusted"):
+            open_pacs(url, retry=waits.retry).find({})
+        assert not seen
+        assert not waits
+        monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(certificate))
+        assert len(open_pacs(url).find({})) == 1
 
 
 def test_a_server_that_ignores_pages() -> None:
