@@ -12,17 +12,22 @@ import argparse
 import dataclasses
 import json
 import re
+import sys
 from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import medvit
-from medvit import deployment
+from medvit import deployment, io
 from medvit.cli.console import Display, Parser, command
 from medvit.cli.stopping import Stop, stopped_by_signals
-from medvit.deployment import BatchOptions, Summary, Wanted
-from medvit.io import Finding
 from medvit.records import EXIT_DONE, EXIT_QUARANTINE, ReasonCode, UsageError
+
+if TYPE_CHECKING:  # torch takes seconds that -h need not wait for
+    from medvit.deployment import BatchOptions, Summary
+    from medvit.inference import Model
+    from medvit.io import Finding
 
 EPILOG = """
 examples:
@@ -30,6 +35,8 @@ examples:
   medvit-predict /exports/tonight --model runs/first --output results/tonight --since 12h --limit 50
   medvit-predict /exports/inbox --model runs/first --output results/inbox --watch
   medvit-predict /exports/tonight --model runs/first --output results/tonight --retry OUT_OF_MEMORY
+  medvit-predict --from dimse://PACS@10.0.0.5:104 --query StudyDate=20261127- --model runs/first \\
+      --output results/tonight --send-to dicomweb+https://pacs.example/dicom-web
 """
 
 STABLE_S = 60.0
@@ -41,11 +48,26 @@ UNITS = {"m": "minutes", "h": "hours", "d": "days"}
 def parser() -> Parser:
     """The arguments."""
     result = Parser("predict", __doc__ or "", EPILOG)
-    result.add_argument("folder", metavar="FOLDER", type=Path, help="export, searched with all subfolders")
+    result.add_argument("folder", metavar="FOLDER", type=Path, nargs="?", help="export, searched with all subfolders")
     result.add_argument("--model", metavar="RUN_OR_BUNDLE", type=Path, required=True, help="from medvit-train")
     result.add_argument(
         "--output", metavar="OUT", type=Path, required=True, help="results, on a local disk; kept between runs"
     )
+    pacs = result.add_argument_group(
+        "from a PACS and back",
+        "URL: dicomweb+http(s)://HOST:PORT/PATH or dimse://AE@HOST:PORT?aet=OURS. Credentials: MEDVIT_PACS_USER and "
+        "MEDVIT_PACS_PASSWORD, or MEDVIT_PACS_TOKEN.",
+    )
+    pacs.add_argument("--from", dest="source", metavar="URL", help="fetch CT studies into OUT/received; predict those")
+    pacs.add_argument(
+        "--query",
+        metavar="KEYWORD=VALUE",
+        action="append",
+        default=[],
+        type=query,
+        help="which, by DICOM keyword: StudyDate=20261127- or PatientID=123; may be repeated",
+    )
+    pacs.add_argument("--send-to", metavar="URL", help="store reports and pictures there, once")
     which = result.add_argument_group("which studies")
     which.add_argument(
         "--since",
@@ -106,6 +128,14 @@ def parser() -> Parser:
     return result
 
 
+def query(text: str) -> tuple[str, str]:
+    """KEYWORD=VALUE."""
+    keyword, equals, value = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"{text!r}: give KEYWORD=VALUE, such as StudyDate=20261127-")
+    return keyword, value
+
+
 def since(text: str) -> datetime:
     """A time, or a span before now."""
     if span := re.fullmatch(r"(\d+)([mhd])", text):
@@ -137,31 +167,87 @@ def finding(text: str) -> tuple[str, Finding]:
     parts = code.split(":", 2)
     if not equals or len(parts) != 3 or not all(parts):
         raise argparse.ArgumentTypeError(f"{text!r}: give CLASS=SCHEME:VALUE:MEANING")
-    return name, Finding(value=parts[1], scheme=parts[0], meaning=parts[2])
+    return name, io.Finding(value=parts[1], scheme=parts[0], meaning=parts[2])
 
 
 @command
 def main(argv: list[str] | None = None) -> int:
     """Run the command."""
     arguments = parser().parse_args(argv)
+    _check_places(arguments)
     model = medvit.load_bundle(arguments.model)
     options = options_of(arguments)
     _check_findings(options, model.info.classes)
     with stopped_by_signals() as stop:
+        status = EXIT_DONE
         while True:
-            with Display() as display:
-                done = deployment.predict_folder(
-                    arguments.folder,
-                    model,
-                    arguments.output,
-                    options,
-                    stop=stop,
-                    start=display.start,
-                    step=display.step,
-                )
-            _tell(done, arguments)
+            try:
+                status = _look(arguments, model, options, stop)
+            except (io.PacsError, deployment.NothingThereError) as error:
+                if arguments.watch is None or isinstance(error, io.PacsRefusedError):
+                    raise
+                print(f"{error}", file=sys.stderr, flush=True)  # perhaps the next time
             if arguments.watch is None or stop.wait(arguments.watch):
-                return _exit_code(done, stop)
+                return status
+
+
+def _look(arguments: argparse.Namespace, model: Model, options: BatchOptions, stop: Stop) -> int:
+    """Fetch, predict and send what there is now; the exit code."""
+    folder, failed = arguments.folder, 0
+    with Display() as display:
+        if arguments.source:
+            folder, failed = _receive(arguments, options, stop, display)
+        done = deployment.predict_folder(
+            folder,
+            model,
+            arguments.output,
+            options,
+            stop=stop,
+            start=display.start,
+            step=display.step,
+        )
+        _tell(done, arguments)
+        if arguments.send_to and not stop():
+            failed += _send(arguments, model, options, display)
+    return EXIT_QUARANTINE if failed and not done.stopped else _exit_code(done, stop)
+
+
+def _send(arguments: argparse.Namespace, model: Model, options: BatchOptions, display: Display) -> int:
+    """How many results the PACS refused."""
+    ended = deployment.send_results(
+        io.open_pacs(arguments.send_to), arguments.output, model, options, start=display.start, step=display.step
+    )
+    refused = {code: count for code, count in ended.items() if code}
+    display.say(", ".join([f"{ended['']} files stored", *(f"{n} refused ({code})" for code, n in refused.items())]))
+    return sum(refused.values())
+
+
+def _receive(arguments: argparse.Namespace, options: BatchOptions, stop: Stop, display: Display) -> tuple[Path, int]:
+    """Where the studies from a PACS are now, and how many could not be fetched."""
+    received = arguments.output / "received"
+    got = deployment.receive(
+        io.open_pacs(arguments.source),
+        dict(arguments.query),
+        received,
+        options.wanted,
+        stop=stop,
+        start=display.start,
+        step=display.step,
+    )
+    display.say(f"{got.fetched} studies fetched, {got.known} here already, {got.failed} failed {got.why}".rstrip())
+    return received / deployment.IMAGES, got.failed
+
+
+def _check_places(arguments: argparse.Namespace) -> None:
+    """Addresses before an hour of work, and one source."""
+    if (arguments.folder is None) == (arguments.source is None):
+        raise UsageError("give either FOLDER or --from URL.")
+    if arguments.query and not arguments.source:
+        raise UsageError("--query says what to fetch: it goes with --from.")
+    if arguments.send_to and arguments.no_dicom:
+        raise UsageError("--send-to has nothing to send with --no-dicom.")
+    for url in filter(None, (arguments.source, arguments.send_to)):
+        io.open_pacs(url)
 
 
 def options_of(arguments: argparse.Namespace) -> BatchOptions:
@@ -169,8 +255,8 @@ def options_of(arguments: argparse.Namespace) -> BatchOptions:
     settled = arguments.settled
     if settled is None:
         settled = 0.0 if arguments.watch is None else STABLE_S
-    return BatchOptions(
-        wanted=Wanted(
+    return deployment.BatchOptions(
+        wanted=deployment.Wanted(
             since=arguments.since,
             limit=arguments.limit,
             studies=frozenset(arguments.study),

@@ -27,7 +27,7 @@ from medvit.deployment.ledger import Ledger, State
 from medvit.deployment.options import BatchOptions
 from medvit.deployment.outputs import export
 from medvit.deployment.pipeline import WriteBehind
-from medvit.deployment.premises import occupied, written
+from medvit.deployment.premises import AUDIT, LEDGER, occupied, written
 from medvit.deployment.work import Answer
 from medvit.inference import Model
 from medvit.io import Inventory, scan_folder
@@ -37,12 +37,13 @@ from medvit.records import MedvitError, Outcome, ReasonCode, UsageError
 BYTES_PER_RESULT = 900_000
 """A picture, a report, a row: what must be free for each study."""
 
-AUDIT = "audit.jsonl"
-"""What was started, decided, written and sent, by whom it concerns under hashes: `medvit-doctor --audit` checks it."""
-
 Clock = Callable[[], datetime]
 Start = Callable[[str, int], None]
 Step = Callable[[str], None]
+
+
+class NothingThereError(UsageError):
+    """No CT in the folder (yet)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +110,7 @@ def predict_folder(
     hashes = model.info.weights_sha256, options.config_sha256(model)
     with (
         occupied(output),
-        Ledger(output / "ledger.sqlite", *hashes) as ledger,
+        Ledger(output / LEDGER, *hashes) as ledger,
         Audit(output / AUDIT, site_key(), clock) as audit,
     ):
         start("listing files", 0)
@@ -121,7 +122,7 @@ def predict_folder(
             progress=lambda _: step(""),
         )
         if not inventory.series:
-            raise UsageError(
+            raise NothingThereError(
                 f"{folder}: no CT among {len(inventory.files)} files. medvit-inspect says what each one is."
             )
         studies = list_studies(inventory, options.wanted, options.study)
@@ -216,7 +217,13 @@ def _account(inventory: Inventory, studies: Studies, options: BatchOptions, ledg
 
 
 def _summary(
-    studies: Studies, ledger: Ledger, done: Counter[State], text: str, audit: str, *, stopped: bool
+    studies: Studies,
+    ledger: Ledger,
+    done: Counter[State],
+    text: str,
+    audit: str,
+    *,
+    stopped: bool,
 ) -> Summary:
     files = ledger.outcomes()
     ended = sum(done.values())

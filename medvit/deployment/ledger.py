@@ -39,7 +39,7 @@ CREATE TABLE file (
     name TEXT PRIMARY KEY, path TEXT NOT NULL, outcome TEXT NOT NULL, code TEXT NOT NULL, detail TEXT NOT NULL,
     series_uid TEXT NOT NULL);
 CREATE TABLE audit (entries INTEGER NOT NULL, hash TEXT NOT NULL);
-CREATE TABLE sent (name TEXT NOT NULL, target TEXT NOT NULL, time TEXT NOT NULL, PRIMARY KEY (name, target));
+CREATE TABLE sent (name TEXT NOT NULL, target TEXT NOT NULL, PRIMARY KEY (name, target));
 """
 
 
@@ -238,8 +238,11 @@ class Ledger:
     def put_audit(self, head: Head) -> None:
         """Remember the end of the audit: without it nobody would miss its last lines."""
         with _told(self.path), self._transaction():
-            self.connection.execute("DELETE FROM audit")
-            self.connection.execute("INSERT INTO audit VALUES (?, ?)", head)
+            self._keep_audit(head)
+
+    def _keep_audit(self, head: Head) -> None:
+        self.connection.execute("DELETE FROM audit")
+        self.connection.execute("INSERT INTO audit VALUES (?, ?)", head)
 
     def audit(self) -> Head | None:
         """The end of the audit when a run last ended."""
@@ -252,10 +255,11 @@ class Ledger:
         made = [name for one in self.results() for name in (one.sr, one.sc) if name]
         return [name for name in made if name not in known]
 
-    def put_sent(self, name: str, target: str, now: datetime) -> None:
-        """Remember that a PACS has a result."""
-        with _told(self.path):
-            self.connection.execute("INSERT OR REPLACE INTO sent VALUES (?, ?, ?)", (name, target, now.isoformat()))
+    def put_sent(self, name: str, target: str, audit: Head) -> None:
+        """Remember that a PACS has a result, and the end of the audit that says so."""
+        with _told(self.path), self._transaction():
+            self.connection.execute("INSERT OR REPLACE INTO sent VALUES (?, ?)", (name, target))
+            self._keep_audit(audit)
 
 
 _COLUMNS = ", ".join(field.name for field in fields(Result))

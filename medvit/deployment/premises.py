@@ -20,7 +20,8 @@ NETWORK = {"nfs", "nfs4", "cifs", "smb2", "smb3", "smbfs", "afs", "afpfs", "ncpf
 NETWORK |= {"fuse.sshfs", "ceph", "fuse.ceph", "lustre", "gpfs", "beegfs", "glusterfs", "fuse.glusterfs", "fuse.rclone"}
 """File systems that several machines share."""
 
-LOCK = ".lock"
+LOCK, LEDGER, AUDIT = ".lock", "ledger.sqlite", "audit.jsonl"
+"""What is kept beside the results; the audit says what was started, decided, written and sent."""
 
 
 @contextmanager

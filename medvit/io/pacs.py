@@ -102,6 +102,16 @@ class Pacs:
         course = self._course()
         return self._legal(course.run(lambda: self._wire.studies(wanted, course.check)))
 
+    def images(self, study_uid: str) -> int:
+        """How many CT images a study has, as far as the PACS says; our own results in it do not count.
+
+        Raises:
+            PacsError: the PACS cannot be reached, or refuses.
+        """
+        course = self._course()
+        series = self._legal(course.run(lambda: self._wire.series(study_uid, course.check)))
+        return sum(one.instances or 0 for one in series)
+
     def fetch(self, study_uid: str, folder: Path, *, limit_bytes: int = STUDY_LIMIT_BYTES) -> int:
         """Retrieve the CT series of a study into a folder that is there when all is there; the number of images.
 
