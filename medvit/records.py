@@ -114,6 +114,7 @@ class ReasonCode(StrEnum):
     NOT_DICOM = "NOT_DICOM"
     MODALITY = "MODALITY"
     OUT_OF_MEMORY = "OUT_OF_MEMORY"
+    MODEL_FAILED = "MODEL_FAILED"
     WORKER_DIED = "WORKER_DIED"
     DEADLINE = "DEADLINE"
     IO_ERROR = "IO_ERROR"
@@ -180,6 +181,7 @@ REASONS: Mapping[ReasonCode, Reason] = MappingProxyType(
         _C.NOT_DICOM: Reason(_SKIP, "not an image medvit reads; nothing to do unless it should be CT"),
         _C.MODALITY: Reason(_SKIP, "not CT; nothing to do"),
         _C.OUT_OF_MEMORY: Reason(_QUAR, "more memory than this machine has free: free some, then try it again"),
+        _C.MODEL_FAILED: Reason(_QUAR, "the model failed on it: see to the device, then --retry MODEL_FAILED"),
         _C.WORKER_DIED: Reason(_QUAR, "decoding crashed: check the file, then report it"),
         _C.DEADLINE: Reason(_QUAR, "decoding took too long: check the file, then report it"),
         _C.IO_ERROR: Reason(_REJ, "the file could not be read: check permissions and the disk"),

@@ -165,7 +165,8 @@ def finding(text: str) -> tuple[str, Finding]:
     """CLASS=SCHEME:VALUE:MEANING."""
     name, equals, code = text.partition("=")
     parts = code.split(":", 2)
-    if not equals or len(parts) != 3 or not all(parts):
+    longest = (16, 16, 64)  # SH, SH and LO (PS3.3 8.8, PS3.5 6.2)
+    if not equals or len(parts) != 3 or not all(0 < len(p) <= most for p, most in zip(parts, longest, strict=True)):
         raise argparse.ArgumentTypeError(f"{text!r}: give CLASS=SCHEME:VALUE:MEANING")
     return name, io.Finding(value=parts[1], scheme=parts[0], meaning=parts[2])
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import signal
-import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class Stop:
@@ -33,7 +33,8 @@ class Stop:
             raise KeyboardInterrupt
         self.signal = number
         self._told.set()
-        print("stopping: what is under way is finished first (once more: at once)", file=sys.stderr, flush=True)
+        with suppress(OSError):  # the terminal may be gone; an error here would be that of whatever is under way
+            os.write(2, b"stopping: what is under way is finished first (once more: at once)\n")
 
 
 @contextmanager

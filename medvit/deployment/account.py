@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from datetime import datetime
+from typing import Any
 
 from medvit.data.pseudonym import pseudonym
-from medvit.deployment.choice import Studies, Wanted, study_of
+from medvit.deployment.audit import Audit
+from medvit.deployment.choice import PASSING, Studies, Wanted, fingerprint, study_of
 from medvit.deployment.ledger import Ledger, NamedFile, Result, SeriesEntry, State
 from medvit.deployment.options import BatchOptions
 from medvit.io import FileEntry, Inventory
@@ -27,12 +31,16 @@ def account_files(
             failed |= dict.fromkeys(one.case.files, result)
         else:
             used.update(one.case.files)
+    held = {name: s for several in studies.unusable.values() for s in several for name in s.files}
     passed = {name: other.detail for other in studies.not_selected for name in other.series.files}
     for entry in inventory.files:
         if not wanted.mine(entry.study_uid or entry.series_uid or entry.path):
             continue
         if not entry.outcome.used or entry.path in used:
             yield entry
+        elif entry.path in held:
+            series = held[entry.path]
+            yield entry._replace(outcome=series.outcome, code=next(iter(series.codes), None), detail=series.detail)
         elif entry.path in failed:
             yield _failed(entry, failed[entry.path])
         elif entry.path in passed:
@@ -68,24 +76,26 @@ def named(entries: Iterable[FileEntry], options: BatchOptions) -> Iterator[Named
         yield NamedFile(pseudonym("path", entry.path), shown)
 
 
-def withdraw(studies: Studies, ledger: Ledger) -> None:
-    """A result does not outlive its images: where no series of the study can be used any more, it has a reason instead.
+def settle_unusable(studies: Studies, ledger: Ledger, audit: Audit, now: datetime) -> None:
+    """A study without a usable series has a reason; a result does not outlive its images.
 
-    A study that is not in the folder at all keeps its result, and so does one whose slices are just arriving.
+    One whose slices are just arriving waits, with what it had; one that is not in the folder at all keeps its result.
     """
     for study, series in studies.unusable.items():
         known = ledger.find(study)
-        if known is None or known.state is not State.DONE or ReasonCode.INCOMPLETE in series.codes or not series.codes:
+        passing = next((one for one in series if PASSING.intersection(one.codes)), None)
+        worst = passing or next((one for one in series if one.outcome.bad), series[0])
+        if not worst.codes or (known is None and not worst.outcome.bad):
+            continue  # localizers and the like are no studies to predict
+        why: dict[str, Any] = {"code": str(worst.codes[0]), "detail": worst.detail, "fingerprint": fingerprint(series)}
+        empty = Result(study=study, case_id="", fingerprint="", queued=now.isoformat(), row={})
+        before = known or empty
+        if passing:
+            result = replace(before, state=State.WAITING, **why)
+        else:
+            result = replace(before, state=State.FAILED, row={}, slices=(), sr="", sc="", **why)
+        if result == known:
             continue
-        ledger.put(
-            Result(
-                study=study,
-                case_id=known.case_id,
-                fingerprint="",
-                queued=known.queued,
-                state=State.FAILED,
-                row={},
-                code=str(series.codes[0]),
-                detail=series.detail,
-            )
-        )
+        if before.row and not result.row:
+            audit.append("withdrawn", study=pseudonym("study", series[0].study_uid), code=result.code)
+        ledger.put(result)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import takewhile
@@ -18,14 +19,14 @@ from pathlib import Path
 import medvit
 from medvit.data.places import index_path
 from medvit.data.pseudonym import site_key
-from medvit.deployment.account import account_files, account_series, named, withdraw
-from medvit.deployment.audit import Audit
+from medvit.deployment.account import account_files, account_series, named, settle_unusable
+from medvit.deployment.audit import Audit, AuditBrokenError
 from medvit.deployment.choice import Listed, Studies, choose_due, list_studies
 from medvit.deployment.delivery import Delivery, sweep
 from medvit.deployment.engines import ENGINES
 from medvit.deployment.ledger import Ledger, State
 from medvit.deployment.options import BatchOptions
-from medvit.deployment.outputs import export
+from medvit.deployment.outputs import begun, export
 from medvit.deployment.pipeline import WriteBehind
 from medvit.deployment.premises import AUDIT, LEDGER, occupied, written
 from medvit.deployment.work import Answer
@@ -33,6 +34,9 @@ from medvit.inference import Model
 from medvit.io import Inventory, scan_folder
 from medvit.io.disk import require_room
 from medvit.records import MedvitError, Outcome, ReasonCode, UsageError
+
+IN_A_ROW = 3
+"""Studies that the model fails on before it is not asked any more: a device that is gone fails on all."""
 
 BYTES_PER_RESULT = 900_000
 """A picture, a report, a row: what must be free for each study."""
@@ -74,9 +78,9 @@ class Summary:
     text: str
 
 
-def utc_now() -> datetime:
-    """The time, to the second: DICOM results carry it."""
-    return datetime.now(UTC).replace(microsecond=0)
+def local_now() -> datetime:
+    """The time of the place, to the second, as DICOM results carry it: those of the source are local too."""
+    return datetime.now().replace(microsecond=0)
 
 
 def predict_folder(
@@ -85,7 +89,7 @@ def predict_folder(
     output: Path,
     options: BatchOptions | None = None,
     *,
-    clock: Clock = utc_now,
+    clock: Clock = local_now,
     stop: Callable[[], bool] = lambda: False,
     start: Start = lambda _what, _total: None,
     step: Step = lambda _: None,
@@ -107,36 +111,23 @@ def predict_folder(
         MedvitError: the run cannot go on; what is done is kept.
     """
     options = options or BatchOptions()
-    hashes = model.info.weights_sha256, options.config_sha256(model)
+    identity = options.identity(model)
     with (
         occupied(output),
-        Ledger(output / LEDGER, *hashes) as ledger,
-        Audit(output / AUDIT, site_key(), clock) as audit,
+        Ledger(output / LEDGER, *identity) as ledger,
+        Audit(output / AUDIT, site_key(), lambda: datetime.now(UTC)) as audit,
     ):
+        _require_whole(audit, ledger)
         start("listing files", 0)
-        inventory = scan_folder(
-            folder,
-            assume_hu=options.assume_hu,
-            index=index_path(folder),
-            settled_s=options.settled_s,
-            progress=lambda _: step(""),
-        )
-        if not inventory.series:
-            raise NothingThereError(
-                f"{folder}: no CT among {len(inventory.files)} files. medvit-inspect says what each one is."
-            )
+        inventory = _list(folder, options, stop, step)
         studies = list_studies(inventory, options.wanted, options.study)
-        withdraw(studies, ledger)
-        due = choose_due(studies.listed, ledger, options.wanted)
-        if options.dicom:
-            require_room(output, BYTES_PER_RESULT * len(due), f"the results of {len(due)} studies")
-        ledger.queue([(one.study, one.case.case_id, one.fingerprint) for one in due], clock())
-        sweep(output, ledger.results())
+        settle_unusable(studies, ledger, audit, clock())
+        due = _queue(studies, options, ledger, output, clock())
         start("predicting", len(due))
         audit.append(
             "started",
-            model_sha256=hashes[0],
-            config_sha256=hashes[1],
+            model_sha256=identity[0],
+            config_sha256=identity[1],
             version=medvit.__version__,
             seen=len(inventory.files),
             count=len(due),
@@ -144,13 +135,76 @@ def predict_folder(
         deliver = Delivery(
             output, ledger, model.preprocessing, options.context(model, clock()), options.row, audit, options.dicom
         )
-        done = _predict(due, model, options, deliver, stop, step)
-        _account(inventory, studies, options, ledger)
-        with written(output):
-            text = export(ledger, output, model.info.classes)
-        head = audit.append("stopped" if stop() else "ended", written=done[State.DONE], failed=done[State.FAILED])
+        states = Counter[State]()
+        try:
+            _predict(due, model, options, deliver, states, stop, step)
+        except MedvitError:
+            with suppress(MedvitError, OSError):  # what was done is shown, where there is room to show it
+                _end(inventory, studies, options, ledger, output, model)
+            raise
+        text = _end(inventory, studies, options, ledger, output, model)
+        head = audit.append("stopped" if stop() else "ended", written=states[State.DONE], failed=states[State.FAILED])
         ledger.put_audit(head)
-        return _summary(studies, ledger, done, text, f"{head.entries}:{head.hash}", stopped=stop())
+        return _summary(studies, ledger, states, text, f"{head.entries}:{head.hash}", stopped=stop())
+
+
+def _require_whole(audit: Audit, ledger: Ledger) -> None:
+    """Nobody shortened the audit since a run last ended."""
+    kept = ledger.audit()
+    if kept is not None and audit.head.entries < kept.entries:
+        raise AuditBrokenError(
+            f"{audit.path}: has {audit.head.entries} entries, and had {kept.entries}. Keep both files as evidence, and "
+            "write results to another folder."
+        )
+
+
+def _list(folder: Path, options: BatchOptions, stop: Callable[[], bool], step: Step) -> Inventory:
+    """The folder's series and files."""
+
+    def told(_path: str) -> None:
+        if stop():
+            raise KeyboardInterrupt  # nothing is under way that would have to be finished
+        step("")
+
+    try:
+        inventory = scan_folder(
+            folder,
+            assume_hu=options.assume_hu,
+            index=index_path(folder),
+            settled_s=options.settled_s,
+            progress=told,
+        )
+    except UsageError as error:
+        raise NothingThereError(str(error)) from None
+    if not inventory.series:
+        raise NothingThereError(
+            f"{folder}: no CT among {len(inventory.files)} files. medvit-inspect says what each one is."
+        )
+    return inventory
+
+
+def _queue(studies: Studies, options: BatchOptions, ledger: Ledger, output: Path, now: datetime) -> list[Listed]:
+    """Put down what waits, make room for what is due in this run, and say that it has begun."""
+    wanted = options.wanted
+    absent = wanted.studies - {one.case.study_uid for one in studies.listed}
+    if absent and wanted.shard == (1, 1):
+        raise UsageError(f"--study {sorted(absent)[0]}: no usable study of that UID is in the folder.")
+    waiting = choose_due(studies.listed, ledger, wanted)
+    due = waiting[: wanted.limit]
+    if options.dicom:
+        require_room(output, BYTES_PER_RESULT * len(due), f"the results of {len(due)} studies")
+    ledger.queue([(one.study, one.case.case_id, one.fingerprint) for one in waiting], now)
+    asked = {one.study for one in waiting}
+    changed = [one.study for one in studies.listed if one.study not in asked and _changed(one, ledger)]
+    ledger.outdate(changed)
+    sweep(output, ledger.results())
+    begun(output, len(due), now)
+    return due
+
+
+def _changed(one: Listed, ledger: Ledger) -> bool:
+    known = ledger.find(one.study)
+    return known is not None and known.state is State.DONE and known.fingerprint != one.fingerprint
 
 
 def _predict(
@@ -158,26 +212,31 @@ def _predict(
     model: Model,
     options: BatchOptions,
     deliver: Delivery,
+    states: Counter[State],
     stop: Callable[[], bool],
     step: Step,
-) -> Counter[State]:
-    """Work on what is due, and deliver each answer; how many ended how."""
-    progress = Progress(len(due))
+) -> None:
+    """Work on what is due, deliver each answer, and count how it ended."""
+    progress = Progress(len(due), states)
     going_on = takewhile(lambda _: not stop(), iter(due))
-    with WriteBehind[tuple[str, Answer]](lambda item: progress.count(deliver(*item).state)) as writer:
+    failures = 0
+    with WriteBehind[tuple[Listed, Answer]](lambda item: progress.count(deliver(*item).state)) as writer:
         for one, answer in ENGINES[options.engine](going_on, model, options):
-            if answer.code == ReasonCode.IO_ERROR:
-                _require_folder(Path(one.case.root))
-            writer.put((one.study, answer))
+            failures = failures + 1 if answer.code == ReasonCode.MODEL_FAILED else 0
+            if failures == IN_A_ROW:
+                raise MedvitError(
+                    f"the model failed on {failures} studies in a row ({answer.detail}): see to the device and its "
+                    "memory. What was done is kept; run the command again with --retry MODEL_FAILED."
+                )
+            writer.put((one, answer))
             step(progress.text())
-    return progress.states
 
 
 class Progress:
-    """How far a run is, and how fast."""
+    """How far a run is, and how fast; the counts are the caller's."""
 
-    def __init__(self, total: int) -> None:
-        self.total, self.began, self.states = total, time.monotonic(), Counter[State]()
+    def __init__(self, total: int, states: Counter[State]) -> None:
+        self.total, self.began, self.states = total, time.monotonic(), states
 
     def count(self, state: State) -> None:
         """One more study ended so."""
@@ -195,25 +254,17 @@ def _duration(minutes: float) -> str:
     return f"{minutes / 60:.1f} h" if minutes >= 90 else f"{minutes:.0f} min"
 
 
-def _require_folder(folder: Path) -> None:
-    """A share that was unmounted would otherwise set aside all that is left, study by study."""
-    try:
-        there = next(folder.iterdir(), None) is not None
-    except OSError:
-        there = False
-    if not there:
-        raise MedvitError(
-            f"{folder}: the folder is gone, or empty; is it still mounted? What was done is kept: run the command "
-            "again when the files are back."
-        )
-
-
-def _account(inventory: Inventory, studies: Studies, options: BatchOptions, ledger: Ledger) -> None:
+def _end(
+    inventory: Inventory, studies: Studies, options: BatchOptions, ledger: Ledger, output: Path, model: Model
+) -> str:
+    """Account for all files, and export; the text of the summary."""
     entries = account_files(inventory, studies, ledger.failed(), options.wanted)
     ledger.put_account(
         account_series(inventory, studies, options),
         named(entries, options),
     )
+    with written(output):
+        return export(ledger, output, model.info.classes)
 
 
 def _summary(
@@ -227,7 +278,7 @@ def _summary(
 ) -> Summary:
     files = ledger.outcomes()
     ended = sum(done.values())
-    settled = sum(1 for one in studies.listed if _settled(one, ledger))
+    waiting = sum(1 for one in studies.listed if not _settled(one, ledger))
     return Summary(
         seen=sum(files.values()),
         used=sum(count for outcome, count in files.items() if outcome.used),
@@ -236,8 +287,8 @@ def _summary(
         skipped=files[Outcome.SKIP],
         predicted=done[State.DONE],
         failed=done[State.FAILED],
-        kept=settled - ended,
-        waiting=len(studies.listed) - settled,
+        kept=len(studies.listed) - waiting - ended,
+        waiting=waiting,
         stopped=stopped,
         audit=audit,
         text=text,

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from medvit.data.manifest import unlabelled_cases
 from medvit.data.selection import NotSelected
 from medvit.deployment.ledger import Ledger, Result, State
 from medvit.io import Inventory, Series
-from medvit.records import Case, ReasonCode
+from medvit.records import Case, Outcome, ReasonCode
 
 PASSING = {str(ReasonCode.IO_ERROR), str(ReasonCode.INCOMPLETE)}
 """Reasons that may be gone the next time though no file has changed."""
@@ -23,7 +24,7 @@ class Wanted:
     """What an operator asks for; the default is everything.
 
     Attributes:
-        since: studies with a file that changed since; None: all.
+        since: studies with a file that arrived or changed since; None: all.
         limit: at most so many in this run; None: no limit.
         studies: these StudyInstanceUIDs alone; empty: all.
         retry: reason codes of studies that are tried again though nothing has changed.
@@ -45,12 +46,16 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Listed:
-    """A study of the folder: the case that stands for it, and what its files were like when listed."""
+    """A study of the folder: what it is called, the case that stands for it, and the series as it was listed."""
 
     study: str
     case: Case
-    fingerprint: str
-    shape: tuple[int, int, int]
+    series: Series
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when a slice arrives, goes or changes, or another series is chosen."""
+        return fingerprint((self.series,))
 
 
 @dataclass(frozen=True)
@@ -60,12 +65,18 @@ class Studies:
     Attributes:
         listed: those with a usable series.
         not_selected: volumes that were passed over.
-        unusable: study -> its first series, where none can be used.
+        unusable: study -> its series, where none can be used.
     """
 
     listed: tuple[Listed, ...]
     not_selected: tuple[NotSelected, ...]
-    unusable: Mapping[str, Series]
+    unusable: Mapping[str, tuple[Series, ...]]
+
+
+def fingerprint(series: Iterable[Series]) -> str:
+    """Hash of which series these are and what their files were like."""
+    lines = sorted(f"{one.uid} {one.part} {one.stamp}" for one in series)
+    return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def study_of(series: Series | Case) -> str:
@@ -75,50 +86,70 @@ def study_of(series: Series | Case) -> str:
 
 def list_studies(inventory: Inventory, wanted: Wanted, name: Callable[[str], str]) -> Studies:
     """The studies of this shard, under names of their own."""
-    mine = Inventory(inventory.root, tuple(s for s in inventory.series if wanted.mine(study_of(s))), inventory.files)
-    cases, not_selected = unlabelled_cases(mine)
-    by_key = {series.key: series for series in mine.series}
-    listed = []
-    for case in cases:
-        series = by_key[case.study_uid, case.series_uid, case.part]
-        fingerprint = f"{series.uid} {series.part} {series.stamp}"
-        listed.append(
-            Listed(name(study_of(case)), case, hashlib.sha256(fingerprint.encode()).hexdigest(), series.shape)
-        )
+    torn = _torn(inventory)
+    mine = tuple(_held_back(s) if s.key in torn else s for s in inventory.series if wanted.mine(study_of(s)))
+    cases, not_selected = unlabelled_cases(Inventory(inventory.root, mine, inventory.files))
+    by_key = {series.key: series for series in mine}
+    listed = tuple(
+        Listed(name(study_of(case)), case, by_key[case.study_uid, case.series_uid, case.part]) for case in cases
+    )
     usable = {one.study for one in listed}
-    unusable: dict[str, Series] = {}
-    for series in mine.series:
+    unusable: dict[str, tuple[Series, ...]] = {}
+    for series in mine:
         if (study := name(study_of(series))) not in usable:
-            unusable.setdefault(study, series)
-    return Studies(tuple(listed), not_selected, unusable)
+            unusable[study] = (*unusable.get(study, ()), series)
+    return Studies(listed, not_selected, unusable)
+
+
+def _torn(inventory: Inventory) -> set[tuple[str, str, int]]:
+    """Series whose folder holds nothing else but a file that could not be read: it may be a slice of theirs.
+
+    A slice amidst the others would be missed; the first or last would not.
+    """
+    unread = {PurePosixPath(entry.path).parent for entry in inventory.files if entry.code is ReasonCode.IO_ERROR}
+    beside: dict[PurePosixPath, set[tuple[str, str, int]]] = defaultdict(set)
+    for series in inventory.series if unread else ():
+        for folder in {PurePosixPath(path).parent for path in series.files} & unread:
+            beside[folder].add(series.key)
+    return {key for keys in beside.values() if len(keys) == 1 for key in keys}
+
+
+def _held_back(series: Series) -> Series:
+    detail = "a file beside its slices could not be read, which may be one of them"
+    return replace(series, outcome=Outcome.QUARANTINE, codes=(ReasonCode.INCOMPLETE,), detail=detail)
 
 
 def choose_due(studies: Iterable[Listed], ledger: Ledger, wanted: Wanted) -> list[Listed]:
-    """Those that are to be predicted now."""
+    """Those that are to be predicted, whatever the limit; what failed before comes last, or it would starve others."""
     due: list[Listed] = []
+    again: list[Listed] = []
     for one in studies:
-        if len(due) == wanted.limit:
-            break
-        if _asked_for(one, wanted) and _open(one, ledger.find(one.study), wanted):
-            due.append(one)
-    return due
+        known = ledger.find(one.study)
+        if _asked_for(one, known, wanted) and _open(one, known, ledger.path.parent, wanted):
+            (again if known is not None and known.code in PASSING else due).append(one)
+    return due + again
 
 
-def _asked_for(one: Listed, wanted: Wanted) -> bool:
+def _asked_for(one: Listed, known: Result | None, wanted: Wanted) -> bool:
     if wanted.studies and one.case.study_uid not in wanted.studies:
         return False
-    return wanted.since is None or _newest(one.case) >= wanted.since.timestamp()
+    if wanted.since is None or (known is not None and known.state is State.WAITING):
+        return True  # what an interrupted run left was asked for then
+    return _newest(one.case) >= wanted.since.timestamp()
 
 
-def _open(one: Listed, known: Result | None, wanted: Wanted) -> bool:
+def _open(one: Listed, known: Result | None, output: Path, wanted: Wanted) -> bool:
     if known is None or known.fingerprint != one.fingerprint or known.state is State.WAITING:
         return True
-    return known.state is State.FAILED and known.code in PASSING | wanted.retry
+    if known.state is State.FAILED:
+        return known.code in PASSING | wanted.retry
+    return not all((output / name).is_file() for name in (known.sr, known.sc) if name)
 
 
 def _newest(case: Case) -> float:
-    """When a file of a case last changed, seconds since 1970; now where that cannot be told, so that it is read."""
+    """When a file of a case last arrived or changed, seconds since 1970; infinite where that cannot be told."""
     try:
-        return max((Path(case.root) / name).stat().st_mtime for name in case.files)
+        found = [(Path(case.root) / name).stat() for name in case.files]
     except OSError:
         return float("inf")
+    return max(max(one.st_mtime, one.st_ctime) for one in found)  # a copy keeps the time of its source

@@ -15,7 +15,7 @@ from medvit.deployment.choice import Listed
 from medvit.deployment.options import BatchOptions
 from medvit.deployment.work import Answer, failure, judge, prepare
 from medvit.inference import Model
-from medvit.records import Case, UsageError
+from medvit.records import UsageError
 
 PER_WORKER = 2
 """Studies that a worker has or that wait for it: it need not wait for us."""
@@ -27,13 +27,12 @@ class Worker:
     def __init__(self, model: Model, options: BatchOptions) -> None:
         self.model, self.options = model, options
 
-    def answer(self, case: Case) -> Answer:
-        """Read and judge a case; whatever goes wrong is an answer."""
+    def answer(self, one: Listed) -> Answer:
+        """Read and judge a study; whatever goes wrong is an answer."""
         try:
-            prepared = prepare(case, self.model, assume_hu=self.options.assume_hu)
-            return judge(prepared, self.model, draw=self.options.dicom)
+            return judge(prepare(one, self.model), self.model, draw=self.options.dicom)
         except Exception as error:  # noqa: BLE001  one case never stops a batch; its kind is kept
-            return failure(case, error)
+            return failure(one.case, error)
 
 
 def ray_answers(due: Iterator[Listed], model: Model, options: BatchOptions) -> Iterator[tuple[Listed, Answer]]:
@@ -50,12 +49,12 @@ def ray_answers(due: Iterator[Listed], model: Model, options: BatchOptions) -> I
     workers = [actor.remote(shared) for _ in range(max(1, int(ray.cluster_resources().get("CPU", 1))))]
     places = [worker for _ in range(PER_WORKER) for worker in workers]
     # places first: once they are gone, no study more is taken from the list
-    pending = {worker.answer.remote(one.case): (one, worker) for worker, one in zip(places, due, strict=False)}
+    pending = {worker.answer.remote(one): (one, worker) for worker, one in zip(places, due, strict=False)}
     while pending:
         (done,), _ = ray.wait(list(pending), num_returns=1)
         one, worker = pending.pop(done)
         for following in islice(due, 1):
-            pending[worker.answer.remote(following.case)] = following, worker
+            pending[worker.answer.remote(following)] = following, worker
         yield one, _answer(ray, one, done)
 
 

@@ -38,8 +38,8 @@ def local_answers(due: Iterator[Listed], model: Model, options: BatchOptions) ->
     memory = Budget(MEMORY_SHARE * psutil.virtual_memory().available)
 
     def read(one: Listed) -> Prepared:
-        with memory.taken(BYTES_PER_VOXEL * float(np.prod(one.shape, dtype=np.float64))):
-            return prepare(one.case, model, assume_hu=options.assume_hu)
+        with memory.taken(BYTES_PER_VOXEL * float(np.prod(one.series.shape, dtype=np.float64))):
+            return prepare(one, model)
 
     for one, future in read_ahead(due, read):
         yield one, _answer(one, future, model, options)

@@ -136,10 +136,9 @@ def send_results(
     Raises:
         PacsError: it cannot be reached, or refuses us; what it has is remembered.
     """
-    hashes = model.info.weights_sha256, options.config_sha256(model)
     with (
         occupied(output),
-        Ledger(output / LEDGER, *hashes) as ledger,
+        Ledger(output / LEDGER, *options.identity(model)) as ledger,
         Audit(output / AUDIT, site_key()) as audit,
     ):
         target, counts = str(pacs.url), Counter[str]()

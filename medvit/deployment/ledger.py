@@ -27,11 +27,12 @@ from medvit.records import MedvitError, Outcome, ReasonCode, UsageError
 
 SCHEMA_VERSION = 2
 SCHEMA = """
-CREATE TABLE run (model_sha256 TEXT NOT NULL, config_sha256 TEXT NOT NULL);
+CREATE TABLE run (model_sha256 TEXT NOT NULL, config_sha256 TEXT NOT NULL, site_key TEXT NOT NULL);
 CREATE TABLE result (
     study TEXT PRIMARY KEY, case_id TEXT NOT NULL, fingerprint TEXT NOT NULL, queued TEXT NOT NULL, state TEXT NOT NULL,
     row TEXT NOT NULL, slices TEXT NOT NULL, code TEXT NOT NULL, detail TEXT NOT NULL,
-    sr TEXT NOT NULL, sc TEXT NOT NULL, made TEXT NOT NULL);
+    sr TEXT NOT NULL, sc TEXT NOT NULL, made TEXT NOT NULL, digest TEXT NOT NULL, report TEXT NOT NULL,
+    predecessor TEXT NOT NULL);
 CREATE TABLE series (
     study_uid TEXT NOT NULL, series_uid TEXT NOT NULL, part INTEGER NOT NULL, outcome TEXT NOT NULL,
     codes TEXT NOT NULL, detail TEXT NOT NULL, files INTEGER NOT NULL, PRIMARY KEY (study_uid, series_uid, part));
@@ -60,11 +61,14 @@ class Result:
         case_id: of the series that was chosen.
         fingerprint: of the files it was made from.
         queued: when it was found, as ISO 8601.
-        row: of predictions.csv; empty without a prediction. While a study waits again, what it had before.
+        row: of predictions.csv; empty without a prediction. While a study waits again, what it had before: `outdated`.
         slices: those that decided, (number, weight).
         code: why there is no prediction; `detail` too, or why there is no DICOM result.
         sr: name of its report in `sr/`, empty where there is none; `sc` of its picture likewise.
         made: the time that report and picture carry.
+        digest: of what they say.
+        report: UID of the last report there was, also where it was withdrawn.
+        predecessor: UID of the one before it.
     """
 
     study: str
@@ -79,6 +83,14 @@ class Result:
     sr: str = ""
     sc: str = ""
     made: str = ""
+    digest: str = ""
+    report: str = ""
+    predecessor: str = ""
+
+    @property
+    def outdated(self) -> bool:
+        """Whether its prediction is of other images than there are now."""
+        return bool(self.row) and self.state is not State.DONE
 
 
 class SeriesEntry(NamedTuple):
@@ -111,26 +123,29 @@ class Ledger:
         path: the SQLite file; made when missing.
         model_sha256: a ledger belongs to one model.
         config_sha256: and to one configuration.
+        site_key: and to one key of pseudonyms, of which this is a hash.
 
     Raises:
-        UsageError: the ledger belongs to another model or configuration, or is in use, damaged or of another version.
+        UsageError: the ledger belongs to another model, configuration or key; is in use, damaged or of
+            another version.
     """
 
-    def __init__(self, path: Path, model_sha256: str, config_sha256: str) -> None:
+    def __init__(self, path: Path, model_sha256: str, config_sha256: str, site_key: str) -> None:
         self.path, self.model_sha256, self.config_sha256 = path, model_sha256, config_sha256
         try:
             # the thread that delivers results writes, and nobody else while it does
             self.connection = sqlite3.connect(path, timeout=5, isolation_level=None, check_same_thread=False)
             self.connection.execute("PRAGMA journal_mode=WAL")
             self.connection.execute("PRAGMA synchronous=FULL")
-            known = self._opened(model_sha256, config_sha256)
+            known = self._opened(model_sha256, config_sha256, site_key)
         except sqlite3.DatabaseError as error:
             raise UsageError(f"{path}: the ledger cannot be used ({error}). Give another --output folder.") from None
-        for what, theirs, ours in zip(("model", "configuration"), known, (model_sha256, config_sha256), strict=True):
-            if theirs != ours:
+        ours = model_sha256, config_sha256, site_key
+        for what, one, other in zip(("model", "configuration", "site key"), known, ours, strict=True):
+            if one != other:
                 self.connection.close()
                 raise UsageError(
-                    f"{path.parent}: holds the results of another {what} ({theirs[:12]}, this is {ours[:12]}). "
+                    f"{path.parent}: holds the results of another {what} ({one[:12]}, this is {other[:12]}). "
                     "Results of two are not mixed: give another --output folder."
                 )
 
@@ -142,7 +157,7 @@ class Ledger:
             with self._transaction():
                 for statement in SCHEMA.split(";"):
                     self.connection.execute(statement)
-                self.connection.execute("INSERT INTO run VALUES (?, ?)", ours)
+                self.connection.execute("INSERT INTO run VALUES (?, ?, ?)", ours)
                 self.connection.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
         elif version != SCHEMA_VERSION:
             raise sqlite3.DatabaseError("written by another version of medvit")
@@ -176,11 +191,18 @@ class Ledger:
         rows = [(*one, now.isoformat()) for one in found]
         with _told(self.path), self._transaction():
             self.connection.executemany(
-                "INSERT INTO result VALUES (?, ?, ?, ?, 'waiting', '{}', '[]', '', '', '', '', '') "
+                "INSERT INTO result VALUES (?, ?, ?, ?, 'waiting', '{}', '[]', '', '', '', '', '', '', '', '') "
                 "ON CONFLICT (study) DO UPDATE SET case_id = excluded.case_id, fingerprint = excluded.fingerprint, "
-                "queued = excluded.queued, state = 'waiting' WHERE state <> 'waiting' OR fingerprint <> "
-                "excluded.fingerprint OR case_id <> excluded.case_id",
+                "queued = excluded.queued, state = 'waiting', code = '', detail = '' "
+                "WHERE state <> 'waiting' OR fingerprint <> excluded.fingerprint OR case_id <> excluded.case_id",
                 rows,
+            )
+
+    def outdate(self, studies: Iterable[str]) -> None:
+        """The images of these studies changed; they wait, though they are not predicted in this run."""
+        with _told(self.path), self._transaction():
+            self.connection.executemany(
+                "UPDATE result SET state = 'waiting' WHERE study = ?", ((study,) for study in studies)
             )
 
     def put(self, result: Result) -> None:

@@ -39,6 +39,10 @@ class BatchOptions:
     findings: Mapping[str, Finding] = field(default_factory=dict)
     engine: str = "local"
 
+    def identity(self, model: Model) -> tuple[str, str, str]:
+        """What results must share: hashes of model, configuration and site key."""
+        return model.info.weights_sha256, self.config_sha256(model), pseudonym("ledger", "")
+
     def config_sha256(self, model: Model) -> str:
         """Hash of whatever decides what is written, beside the weights."""
         config = {

@@ -11,25 +11,37 @@ import io
 import json
 from collections import Counter
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from medvit.deployment.ledger import Ledger, Result, State
+from medvit.evaluation.plain import without_nan
 from medvit.evaluation.predictions import safe_cell, table_bytes, write_predictions
 from medvit.io.disk import write_whole
 from medvit.records import REASONS, Outcome, Prediction, ReasonCode
 
 PREDICTIONS, QUARANTINE, RESULTS, SUMMARY = "predictions.csv", "quarantine.csv", "results.json", "summary.txt"
 
+OUTDATED = "OUTDATED"
+"""Flag of a prediction of images that have changed since."""
+
+
+def begun(folder: Path, studies: int, now: datetime) -> None:
+    """What the summary says until a run ends: whoever reads it in the morning should not take an old one for new."""
+    text = f"A run over {studies} studies began at {now.isoformat()} and has not ended: run the command again.\n"
+    write_whole(folder / SUMMARY, text.encode())
+
 
 def export(ledger: Ledger, folder: Path, classes: Sequence[str]) -> str:
     """Write all of them; returns the text of the summary."""
     _write_predictions(ledger, folder / PREDICTIONS, classes)
     _write_quarantine(ledger, folder / QUARANTINE)
-    documents = [_document(result) for result in ledger.results()]
-    write_whole(folder / RESULTS, (json.dumps(documents, indent=1, ensure_ascii=False) + "\n").encode())
+    documents = without_nan([_document(result) for result in ledger.results()])
+    listed = json.dumps(documents, indent=1, ensure_ascii=False, allow_nan=False)
+    write_whole(folder / RESULTS, f"{listed}\n".encode())
     text = summary(ledger)
     write_whole(folder / SUMMARY, text.encode())
     return text
@@ -37,9 +49,15 @@ def export(ledger: Ledger, folder: Path, classes: Sequence[str]) -> str:
 
 def _write_predictions(ledger: Ledger, path: Path, classes: Sequence[str]) -> None:
     """Without a prediction, the header alone."""
-    rows = [result.row for result in ledger.results() if result.row]
+    rows = [shown_row(result) for result in ledger.results() if result.row]
     nobody = Prediction(case_id="", patient_id="", probabilities=dict.fromkeys(classes, 1 / len(classes)))
     write_predictions(pd.DataFrame(rows, columns=None if rows else list(nobody.to_row())), path)
+
+
+def shown_row(result: Result) -> dict[str, Any]:
+    """The row of predictions.csv; one of images that have changed since says so."""
+    flags = f"{result.row['flags']} {OUTDATED}".strip() if result.outdated else result.row["flags"]
+    return result.row | {"flags": flags}
 
 
 def _write_quarantine(ledger: Ledger, path: Path) -> None:
@@ -53,7 +71,8 @@ def _write_quarantine(ledger: Ledger, path: Path) -> None:
 
 def _document(result: Result) -> dict[str, Any]:
     """One study for a program: numbers are numbers, and what is not known is null."""
-    row = {name: value for name, value in result.row.items() if value not in ("", None)}
+    shown = shown_row(result) if result.row else {}
+    row = {name: value for name, value in shown.items() if value not in ("", None)}
     probabilities = {name[2:]: row.pop(name) for name in list(row) if name.startswith("p_")}
     return {
         "study": result.study,
@@ -79,7 +98,8 @@ def summary(ledger: Ledger) -> str:
     lines = [
         f"model     {ledger.model_sha256[:12]}, configuration {ledger.config_sha256[:12]}",
         f"studies   {tally.states[State.DONE]} predicted ({_listed(tally.called) or 'none'}), "
-        f"{tally.states[State.FAILED]} set aside, {tally.states[State.WAITING]} waiting",
+        f"{tally.states[State.FAILED]} set aside, {tally.states[State.WAITING]} waiting"
+        + (f"; {tally.outdated} predictions are of images that changed since ({OUTDATED})" if tally.outdated else ""),
         f"files     {sum(files.values())} seen: {used} used, {files[Outcome.QUARANTINE]} quarantined, "
         f"{files[Outcome.REJECT]} rejected, {files[Outcome.SKIP]} skipped",
         f"flags     {_listed(tally.flags) or 'none'}",
@@ -98,13 +118,14 @@ class Tally:
 
     def __init__(self) -> None:
         self.states, self.called, self.flags, self.failed = (Counter[str]() for _ in range(4))
-        self.reports = self.pictures = self.bare = 0
+        self.reports = self.pictures = self.bare = self.outdated = 0
 
     def add(self, result: Result) -> None:
         """Count one."""
         self.states[result.state] += 1
         if result.state is State.FAILED:
             self.failed[result.code] += 1
+        self.outdated += result.outdated
         if result.row:
             self.called[f"{result.row['predicted']}"] += 1
             self.flags.update(result.row["flags"].split())

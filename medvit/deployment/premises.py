@@ -17,7 +17,22 @@ import psutil
 from medvit.records import MedvitError, UsageError
 
 NETWORK = {"nfs", "nfs4", "cifs", "smb2", "smb3", "smbfs", "afs", "afpfs", "ncpfs", "webdav", "davfs", "fuse.davfs2"}
-NETWORK |= {"fuse.sshfs", "ceph", "fuse.ceph", "lustre", "gpfs", "beegfs", "glusterfs", "fuse.glusterfs", "fuse.rclone"}
+NETWORK |= {
+    "9p",
+    "virtiofs",
+    "vboxsf",
+    "drvfs",
+    "fuse.s3fs",
+    "fuse.sshfs",
+    "ceph",
+    "fuse.ceph",
+    "lustre",
+    "gpfs",
+    "beegfs",
+    "glusterfs",
+    "fuse.glusterfs",
+    "fuse.rclone",
+}
 """File systems that several machines share."""
 
 LOCK, LEDGER, AUDIT = ".lock", "ledger.sqlite", "audit.jsonl"
@@ -65,6 +80,23 @@ def written(folder: Path) -> Iterator[None]:
             f"{folder}: cannot be written any more ({os.strerror(error.errno or 5)}). What was done is kept: see to "
             "the disk and run the command again."
         ) from None
+
+
+def require_folder(folder: Path) -> None:
+    """A share that was unmounted would otherwise set aside all that is left, study by study.
+
+    Raises:
+        MedvitError: it is gone, or empty.
+    """
+    try:
+        there = next(folder.iterdir(), None) is not None
+    except OSError:
+        there = False
+    if not there:
+        raise MedvitError(
+            f"{folder}: the folder is gone, or empty; is it still mounted? What was done is kept: run the command "
+            "again when the files are back."
+        )
 
 
 def _lock(descriptor: int, folder: Path) -> None:

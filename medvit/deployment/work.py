@@ -7,19 +7,19 @@ of headers, so only their kind is kept.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from medvit.data.cache import read_case
 from medvit.data.pipelines import Slices, prepare_slices
+from medvit.deployment.choice import Listed
 from medvit.evaluation.attention import relevance_maps
 from medvit.evaluation.explained import PREFERRED
 from medvit.evaluation.overlays import overlay_panels
 from medvit.inference import Model, StudyOutput
+from medvit.io import read
 from medvit.models.watching import watchable
 from medvit.records import Case, Prediction, ReasonCode, ScanError
 
@@ -52,24 +52,29 @@ class Answer:
     detail: str = ""
 
 
-def prepare(case: Case, model: Model, *, assume_hu: bool) -> Prepared:
-    """Read a case and prepare the slices that a prediction looks at.
+def prepare(one: Listed, model: Model) -> Prepared:
+    """Read a study as it was listed, and prepare the slices that a prediction looks at.
 
     Raises:
-        ScanError: it cannot be read, or the model must not be asked about it.
+        ScanError: it cannot be read, has changed since, or the model must not be asked about it.
     """
-    model.refuse(case)
-    scan = read_case(case, assume_hu=assume_hu)
+    model.refuse(one.case)
+    scan = read(one.series)
     numbers = model.encoder.choose(len(scan.hu))
-    flagged = replace(case, codes=tuple(dict.fromkeys((*case.codes, *scan.codes))))
+    flagged = replace(one.case, codes=tuple(dict.fromkeys((*one.case.codes, *scan.codes))))
     return Prepared(flagged, numbers, prepare_slices(scan, model.preprocessing, numbers))
 
 
 def judge(prepared: Prepared, model: Model, *, draw: bool) -> Answer:
-    """Predict a prepared case, and draw the slice that decided."""
-    output = model.encoder.look(prepared.slices)
-    prediction = model.prediction(prepared.case, prepared.numbers, output)
-    picture = draw_decisive(prepared, prediction, output, model) if draw else None
+    """Predict a prepared case, and draw the slice that decided; a model that fails is an answer too."""
+    try:
+        output = model.encoder.look(prepared.slices)
+        prediction = model.prediction(prepared.case, prepared.numbers, output)
+        picture = draw_decisive(prepared, prediction, output, model) if draw else None
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        return failure(prepared.case, error)
+    except Exception as error:  # noqa: BLE001  one case never stops a batch; its kind is kept
+        return Answer(prepared.case, code=str(ReasonCode.MODEL_FAILED), detail=type(error).__name__)
     return Answer(prepared.case, prediction, picture)
 
 
@@ -100,8 +105,3 @@ def draw_decisive(prepared: Prepared, prediction: Prediction, output: StudyOutpu
         relevance = maps[PREFERRED[0]][0]
     rgb = overlay_panels(prepared.slices[place], relevance, model.preprocessing.windows)
     return Picture(int(prepared.numbers[place]), rgb)
-
-
-def source_files(case: Case) -> list[Path]:
-    """Where the files of a case are."""
-    return [Path(case.root) / name for name in case.files]

@@ -10,6 +10,7 @@ from .pacs import open_pacs as open_pacs
 from .pacs_retry import PacsError as PacsError
 from .pacs_retry import PacsRefusedError as PacsRefusedError
 from .pacs_retry import Retry as Retry
+from .reader import check_unchanged as check_unchanged
 from .reader import read as read
 from .reader import read_files as read_files
 from .results import Finding as Finding

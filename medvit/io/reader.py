@@ -63,7 +63,7 @@ def _read_listed(series: Series) -> Scan:
     if not series.usable:
         raise ScanError(series.codes[0], series.detail, series.files)
     paths = [series.root / name for name in series.files]
-    _check_unchanged(series)
+    check_unchanged(series)
     scan = read_files(paths, assume_hu=series.assume_hu, part=series.part)
     if scan.hu.shape != series.shape:
         raise ScanError(ReasonCode.INCOMPLETE, f"{scan.hu.shape} where {series.shape} was listed", series.files)
@@ -71,8 +71,12 @@ def _read_listed(series: Series) -> Scan:
     return replace(scan, codes=codes, header=replace(scan.header, phase=series.header.phase))
 
 
-def _check_unchanged(series: Series) -> None:
-    """Refuse a series whose files are not what they were when it was listed: it is still arriving."""
+def check_unchanged(series: Series) -> None:
+    """Refuse a series whose files are not what they were when it was listed: it is still arriving.
+
+    Raises:
+        ScanError: `INCOMPLETE`, or `IO_ERROR` where a file is gone.
+    """
     found = []
     for name in series.files:
         try:

@@ -61,6 +61,7 @@ class ResultContext:
         config_sha256: of whatever else decided the prediction.
         now: when the result was made; the same for the same result, or a repeat is not the same to the byte.
         findings: class name -> code; classes without one get a private code.
+        content: hash of what is said, part of the UIDs: no UID stands for two contents (PS3.5 9).
         pseudonym: (kind, value) -> hash under a key: results carry pseudonyms in place of identity, in name and
             content (`medvit.io.deidentify`); None: identity as in the source.
     """
@@ -71,6 +72,7 @@ class ResultContext:
     config_sha256: str
     now: datetime
     findings: Mapping[str, Finding] = field(default_factory=dict)
+    content: str = ""
     pseudonym: Pseudonym | None = None
 
     def __post_init__(self) -> None:
@@ -117,8 +119,9 @@ def uid_of(kind: str, source: Source, context: ResultContext, *parts: str) -> st
 
 
 def sop_instance_uid(kind: str, source: Source, context: ResultContext, *parts: str) -> str:
-    """Of the result of a kind: of these images, for a series that has more of them since has another result."""
-    return uid_of(kind, source, context, source.images, *parts)
+    """Of the result of a kind, about these images, that says this."""
+    volume = [f"part {source.part}"] if source.part else []
+    return uid_of(kind, source, context, source.images, context.content, *volume, *parts)
 
 
 def written_uid(kind: str, source: Source, context: ResultContext, *parts: str) -> str:

@@ -7,6 +7,7 @@ with the images.
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -48,11 +49,13 @@ class Source:
         slices: in the order in which the model saw them.
         across: the model's slices cut across the images of the series, so that none of them is an image.
         identity: keyword -> raw bytes of what is copied.
+        part: which volume of the series.
     """
 
     slices: tuple[SliceHeader, ...]
     across: bool
     identity: Mapping[str, bytes]
+    part: int = 0
 
     @property
     def uids(self) -> tuple[str, str]:
@@ -111,7 +114,25 @@ def open_source(paths: Iterable[Path], *, part: int | None = None, as_stored: bo
         raise ScanError(ReasonCode.TAG_INVALID, detail, (first.path,))
     values = read_elements(first.path, first.path, _COPIED).values
     identity = {keyword: raw for keyword, raw in values.items() if isinstance(raw, bytes)}
-    return Source(volume.slices[:: direction or 1], not direction, identity)
+    return Source(volume.slices[:: direction or 1], not direction, _legible(identity), part or 0)
+
+
+def _legible(identity: dict[str, bytes]) -> dict[str, bytes]:
+    """Without a character set that is none of DICOM's (PS3.3 C.12.1.1.2) but a codec of Python, which pydicom takes.
+
+    Some, as "hex", are no encodings of text.
+    """
+    terms = [term.strip(" \0") for term in identity.get("SpecificCharacterSet", b"").decode("latin-1").split("\\")]
+    if not any(_foreign_codec(term) for term in terms):
+        return identity
+    return {keyword: raw for keyword, raw in identity.items() if keyword != "SpecificCharacterSet"}
+
+
+def _foreign_codec(term: str) -> bool:
+    try:
+        return term not in python_encoding and bool(codecs.lookup(term))
+    except (LookupError, ValueError):
+        return False
 
 
 def copy_patient_study(document: Dataset, source: Source) -> None:

@@ -65,15 +65,15 @@ def test_results_of_two_models_are_not_mixed(results, export, train_tiny, tmp_pa
 
 
 def test_one_case_that_crashes_does_not_stop_the_others(export, trained, tmp_path, monkeypatch):
-    read, calls = work.read_case, []
+    read, calls = work.read, []
 
-    def crash_first(case, **settings):
-        calls.append(case)
+    def crash_first(series):
+        calls.append(series)
         if len(calls) == 1:
             raise ZeroDivisionError("SECRET^NAME")
-        return read(case, **settings)
+        return read(series)
 
-    monkeypatch.setattr(work, "read_case", crash_first)
+    monkeypatch.setattr(work, "read", crash_first)
     assert predict.main([str(export.folder), "--model", str(trained), "--output", str(tmp_path / "out")]) == 3
     assert len(rows(tmp_path / "out" / "predictions.csv")) == export.patients - 1
     crashed = [row for row in rows(tmp_path / "out" / "quarantine.csv") if row["code"] == "WORKER_DIED"]
@@ -134,14 +134,14 @@ def test_a_failed_volume_sets_its_own_files_aside_and_all_files_are_accounted_fo
     export, trained, tmp_path, monkeypatch, capsys
 ):
     files = add_volume(monkeypatch, shape=(1, 8, 8))
-    read = work.read_case
+    read = work.read
 
-    def fail(case, **settings):
-        if set(case.files) == set(files):
+    def fail(series):
+        if set(series.files) == set(files):
             raise ScanError(ReasonCode.HU_IMPLAUSIBLE, "constant")
-        return read(case, **settings)
+        return read(series)
 
-    monkeypatch.setattr(work, "read_case", fail)
+    monkeypatch.setattr(work, "read", fail)
     predict.main([str(export.folder), "--model", str(trained), "--output", str(tmp_path)])
     assert account(tmp_path, files) == {(Outcome.QUARANTINE, ReasonCode.HU_IMPLAUSIBLE, "constant")}
     seen, *parts = map(int, re.findall(r"(\d+) (?:seen|used|quarantined|rejected|skipped)", capsys.readouterr().out))

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import sqlite3
+import time
 from contextlib import ExitStack, closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -15,11 +16,14 @@ import psutil
 import pytest
 from pydicom import dcmread
 
-from medvit.deployment import BatchOptions, Summary, Wanted, predict_folder
+from medvit.deployment import BatchOptions, Summary, Wanted, batch, delivery, predict_folder
+from medvit.deployment.audit import AuditBrokenError
 from medvit.deployment.premises import occupied
+from medvit.inference import Encoder
 from medvit.io import sandbox
 from medvit.io.disk import DiskFullError
-from medvit.records import MedvitError, ReasonCode, UsageError
+from medvit.io.headers import HeaderReader
+from medvit.records import MedvitError, ReasonCode, ScanError, UsageError
 from tests.deployment.batches import NOON, garble, lose, make_model, outputs, series, write_export
 from tests.training.test_disk import largest_file
 
@@ -32,7 +36,17 @@ def export(tmp_path) -> Path:
 
 
 def run(export: Path, output: Path, now: datetime = NOON, stop=lambda: False, **options) -> Summary:
-    return predict_folder(export, make_model(), output, BatchOptions(**options), clock=lambda: now, stop=stop)
+    """A night; `stop` is asked once the files are listed."""
+    work: list[str] = []
+    return predict_folder(
+        export,
+        make_model(),
+        output,
+        BatchOptions(**options),
+        clock=lambda: now,
+        stop=lambda: work[-1] == "predicting" and stop(),
+        start=lambda what, _total: work.append(what),
+    )
 
 
 def table(path: Path) -> list[dict[str, str]]:
@@ -65,8 +79,10 @@ def test_every_file_is_accounted_for_and_every_study_has_a_result_or_a_reason(ex
     assert (done.predicted, done.failed, done.kept, done.waiting) == (5, 0, 0, 0)
     assert done.seen == done.used + done.quarantined + done.rejected + done.skipped == 24
     documents = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert len(documents) == 5
-    for one in documents:
+    assert len(documents) == 6
+    (aside,) = (one for one in documents if one["state"] == "failed")
+    assert aside["code"] == "PIXEL_TRUNCATED"
+    for one in (one for one in documents if one is not aside):
         assert (tmp_path / "out" / one["report"]).is_file()
         assert (tmp_path / "out" / one["picture"]).is_file()
         assert one["predicted"] in one["probabilities"]
@@ -172,9 +188,10 @@ def test_studies_are_chosen_by_uid_and_by_time_of_arrival(export, tmp_path):
     assert studies(tmp_path / "one") == {"1"}
     for path in export.rglob("*.dcm"):
         os.utime(path, (1000, 1000))
-    since = datetime.fromtimestamp(2000, UTC)
+    time.sleep(0.05)
+    since = datetime.now(UTC)
     assert run(export, tmp_path / "new", wanted=Wanted(since=since)).predicted == 0
-    os.utime(next((export / "00000").iterdir()), (3000, 3000))
+    os.utime(next((export / "00000").iterdir()), (3000, 3000))  # an old file that arrived just now
     assert run(export, tmp_path / "new", wanted=Wanted(since=since)).predicted == 1
 
 
@@ -271,12 +288,18 @@ def test_a_folder_that_vanishes_ends_the_run_and_sets_nothing_aside(export, tmp_
 
 
 def test_decoders_that_are_killed_cost_nothing(export, tmp_path):
+    killed = []
+
     def kill() -> None:
-        for pid in sandbox.shared().pids:
+        killed.extend(sandbox.shared().pids)
+        for pid in killed:
             os.kill(pid, 9)
 
+    run(export, tmp_path / "before")
     done = run(export, tmp_path / "out", stop=after(4, kill))
+    assert killed
     assert (done.predicted, done.failed) == (5, 0)
+    assert outputs(tmp_path / "out") == outputs(tmp_path / "before")
 
 
 def test_a_stop_finishes_what_is_under_way_and_leaves_the_rest(export, tmp_path):
@@ -346,3 +369,226 @@ def test_without_dicom_there_are_tables_alone(export, tmp_path):
     run(export, tmp_path / "out", dicom=False)
     assert not (tmp_path / "out" / "sr").exists()
     assert len(table(tmp_path / "out" / "predictions.csv")) == 5
+
+
+def one_report(output: Path):
+    (path,) = (output / "sr").iterdir()
+    return dcmread(path)
+
+
+def rewrite(folder: Path, number: int, **changes) -> None:
+    """The same series, with the same UIDs, but for something."""
+    series(number).but(**changes).write(folder)
+
+
+@pytest.mark.parametrize("change", ["pixels", "patient"])
+def test_no_uid_stands_for_two_contents(tmp_path, change):
+    rewrite(tmp_path / "in", 0)
+    run(tmp_path / "in", tmp_path / "out")
+    before = one_report(tmp_path / "out")
+    rewrite(tmp_path / "in", 0, **({"hu": series(0).hu[::-1]} if change == "pixels" else {"patient": "corrected"}))
+    run(tmp_path / "in", tmp_path / "out", NOON + timedelta(hours=2))
+    after_ = one_report(tmp_path / "out")
+    assert after_.SOPInstanceUID != before.SOPInstanceUID
+    assert after_.ContentTime == "140000"
+    named = after_.PredecessorDocumentsSequence[0].ReferencedSeriesSequence[0].ReferencedSOPSequence[0]
+    assert named.ReferencedSOPInstanceUID == before.SOPInstanceUID
+
+
+def test_a_report_that_was_withdrawn_comes_back_as_it_was(tmp_path):
+    paths = series(0, slices=6).write(tmp_path / "in")
+    run(tmp_path / "in", tmp_path / "out")
+    before = outputs(tmp_path / "out")
+    paths[2].rename(tmp_path / "aside")
+    run(tmp_path / "in", tmp_path / "out", NOON + timedelta(hours=1))
+    assert not list((tmp_path / "out" / "sr").iterdir())
+    (tmp_path / "aside").rename(paths[2])
+    run(tmp_path / "in", tmp_path / "out", NOON + timedelta(hours=2))
+    assert outputs(tmp_path / "out") == before
+    events = [json.loads(line)["event"] for line in (tmp_path / "out" / "audit.jsonl").read_text().splitlines()]
+    assert "withdrawn" in events
+
+
+def test_there_and_back_again_is_a_third_report(tmp_path):
+    """A, then a better series B, then A again: it replaces B, and says so."""
+    series(0).write(tmp_path / "in" / "a")
+    run(tmp_path / "in", tmp_path / "out")
+    first = one_report(tmp_path / "out").SOPInstanceUID
+    series(0, slices=8).but(uid=2).write(tmp_path / "in" / "b")
+    run(tmp_path / "in", tmp_path / "out")
+    second = one_report(tmp_path / "out").SOPInstanceUID
+    shutil.rmtree(tmp_path / "in" / "b")
+    run(tmp_path / "in", tmp_path / "out")
+    assert one_report(tmp_path / "out").SOPInstanceUID not in (first, second)
+
+
+def test_images_of_another_patient_in_the_place_of_listed_ones_are_not_predicted(tmp_path):
+    for number in range(3):
+        rewrite(tmp_path / "in" / str(number), number)
+    swap = after(1, lambda: rewrite(tmp_path / "in" / "2", 9))
+    done = run(tmp_path / "in", tmp_path / "out", stop=swap)
+    assert (done.predicted, done.failed) == (2, 1)
+    assert "INCOMPLETE" in (tmp_path / "out" / "summary.txt").read_text()
+    assert run(tmp_path / "in", tmp_path / "out").predicted == 1
+    assert studies(tmp_path / "out") == {"1", "2", "10"}
+
+
+def test_a_result_outlives_a_moment_in_which_its_images_cannot_be_read(export, tmp_path):
+    run(export, tmp_path / "out")
+    for path in (export / "00005").iterdir():
+        os.utime(path, (1, 1))
+    done = run(export, tmp_path / "out", stop=after(1, lambda: (export / "00005").rename(tmp_path / "aside")))
+    assert done.failed == 1
+    outdated = [row for row in table(tmp_path / "out" / "predictions.csv") if "OUTDATED" in row.get("flags", "")]
+    assert len(outdated) == 1
+    assert len(list((tmp_path / "out" / "sr").iterdir())) == 5
+    (tmp_path / "aside").rename(export / "00005")
+    run(export, tmp_path / "out")
+    assert not [row for row in table(tmp_path / "out" / "predictions.csv") if row.get("flags")]
+
+
+def test_a_share_that_is_gone_after_the_last_study_was_read_costs_nothing(export, tmp_path, monkeypatch):
+    real = delivery.open_source
+
+    def gone(*arguments, **named):
+        if export.exists():
+            export.rename(tmp_path / "aside")
+        return real(*arguments, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(delivery, "open_source", gone)
+        with pytest.raises(MedvitError, match="the folder is gone"):
+            run(export, tmp_path / "out")
+    (tmp_path / "aside").rename(export)
+    assert finishes(export, tmp_path / "out", tmp_path / "whole")
+
+
+def test_results_of_changed_images_that_are_not_due_say_so(export, tmp_path):
+    run(export, tmp_path / "out")
+    for path in export.rglob("*.dcm"):
+        os.utime(path, (1, 1))
+    done = run(export, tmp_path / "out", wanted=Wanted(limit=1))
+    assert (done.predicted, done.waiting) == (1, 4)
+    outdated = [row for row in table(tmp_path / "out" / "predictions.csv") if "OUTDATED" in row["flags"]]
+    assert len(outdated) == 4
+    assert "4 predictions are of images that changed since" in (tmp_path / "out" / "summary.txt").read_text()
+
+
+def test_a_series_whose_last_slice_could_not_be_read_is_not_predicted_short(tmp_path, monkeypatch):
+    paths = series(0, slices=6).write(tmp_path / "in" / "a")
+    series(1).write(tmp_path / "in" / "b")
+    run(tmp_path / "in", tmp_path / "out")
+    kept = studies(tmp_path / "out")
+    real = HeaderReader.read
+
+    def fail(self, full_path, path):
+        if path.endswith("a/IM0005.dcm"):
+            raise ScanError(ReasonCode.IO_ERROR, "EIO", (path,))
+        return real(self, full_path, path)
+
+    os.utime(paths[-1], (1, 1))
+    with monkeypatch.context() as patch:
+        patch.setattr(HeaderReader, "read", fail)
+        done = run(tmp_path / "in", tmp_path / "out")
+    assert done.predicted == 0
+    assert studies(tmp_path / "out") == kept
+    assert sum("OUTDATED" in row.get("flags", "") for row in table(tmp_path / "out" / "predictions.csv")) == 1
+    assert run(tmp_path / "in", tmp_path / "out").predicted == 1
+
+
+@pytest.mark.parametrize("codec", ["hex", "rot13", "zlib", "idna", "undefined", "utf-8", "ISO_IR 999"])
+def test_a_character_set_that_is_none_stops_nothing(tmp_path, codec):
+    for path in series(0).write(tmp_path / "in" / "bad"):
+        path.write_bytes(path.read_bytes().replace(b"ISO_IR 192", codec.ljust(10).encode()))
+    rewrite(tmp_path / "in" / "good", 1)
+    assert run(tmp_path / "in", tmp_path / "out").predicted == 2
+    assert len(list((tmp_path / "out" / "sr").iterdir())) == 2
+
+
+def test_a_report_that_cannot_be_made_costs_itself(export, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise ValueError("SECRET^NAME")
+
+    monkeypatch.setattr(delivery, "write_sr", fail)
+    assert run(export, tmp_path / "out").predicted == 5
+    documents = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [one["detail"] for one in documents if one["state"] == "done"] == ["no DICOM result (ValueError)"] * 5
+
+
+def test_a_model_that_fails_on_all_ends_the_run_and_sets_little_aside(export, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("CUDA error: SECRET^NAME")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Encoder, "look", fail)
+        with pytest.raises(MedvitError, match=r"the model failed on 3 studies in a row \(RuntimeError\)"):
+            run(export, tmp_path / "out")
+    retried = run(export, tmp_path / "out", wanted=Wanted(retry=frozenset({str(ReasonCode.MODEL_FAILED)})))
+    assert (retried.predicted, retried.failed) == (5, 0)
+
+
+def test_studies_that_fail_again_do_not_starve_the_others(export, tmp_path):
+    for name in ("00000", "00001"):
+        (export / name).rename(tmp_path / name)
+        (export / name).mkdir()
+        for path in (tmp_path / name).iterdir():
+            shutil.copy(path, export / name)
+
+    def vanish() -> None:
+        for name in ("00000", "00001"):
+            shutil.rmtree(export / name)
+
+    run(export, tmp_path / "out", stop=after(1, vanish), wanted=Wanted(limit=2))
+    assert run(export, tmp_path / "out", wanted=Wanted(limit=2)).predicted == 2
+
+
+def test_a_run_that_has_not_ended_says_so(export, tmp_path, monkeypatch):
+    run(export, tmp_path / "out", wanted=Wanted(limit=1))
+    monkeypatch.setattr(batch, "_predict", lambda *_: os._exit(9))
+    if (child := os.fork()) == 0:
+        run(export, tmp_path / "out")
+    os.waitpid(child, 0)
+    assert "has not ended" in (tmp_path / "out" / "summary.txt").read_text()
+
+
+def test_what_was_not_written_here_is_not_swept_away(export, tmp_path):
+    for name in ("mine.dcm", "2.25.1.dcm.bak", "notes.txt"):
+        (tmp_path / "out" / "sr").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "out" / "sr" / name).write_text("mine")
+    (tmp_path / "out" / "sr" / "2.25.7.dcm").write_text("left by a kill")
+    run(export, tmp_path / "out")
+    assert {path.name for path in (tmp_path / "out" / "sr").iterdir() if path.read_bytes() == b"mine"} == {
+        "mine.dcm",
+        "2.25.1.dcm.bak",
+        "notes.txt",
+    }
+    assert not (tmp_path / "out" / "sr" / "2.25.7.dcm").exists()
+
+
+def test_a_report_that_is_gone_is_made_again(export, tmp_path):
+    run(export, tmp_path / "out")
+    before = outputs(tmp_path / "out")
+    next((tmp_path / "out" / "sr").iterdir()).unlink()
+    assert run(export, tmp_path / "out").predicted == 1
+    assert outputs(tmp_path / "out") == before
+
+
+def test_an_audit_that_was_shortened_is_noticed(export, tmp_path):
+    run(export, tmp_path / "out")
+    audit = tmp_path / "out" / "audit.jsonl"
+    audit.write_bytes(b"".join(audit.read_bytes().splitlines(keepends=True)[:3]))
+    with pytest.raises(AuditBrokenError, match="has 3 entries, and had 7"):
+        run(export, tmp_path / "out")
+
+
+def test_results_under_two_site_keys_are_not_mixed(export, tmp_path, monkeypatch):
+    run(export, tmp_path / "out")
+    monkeypatch.setenv("MEDVIT_SITE_KEY", "another")
+    (tmp_path / "out" / "audit.jsonl").unlink()
+    with pytest.raises(UsageError, match="another site key"):
+        run(export, tmp_path / "out")
+
+
+def test_a_study_that_is_not_there_is_told(export, tmp_path):
+    with pytest.raises(UsageError, match=r"--study 1\.2\.3: no usable study"):
+        run(export, tmp_path / "out", wanted=Wanted(studies=frozenset({"1.2.3"})))
