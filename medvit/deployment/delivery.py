@@ -7,23 +7,22 @@ the same answer to the same images is the same report, with the time of the firs
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from medvit.data.pseudonym import pseudonym
+from medvit.deployment import scribe
 from medvit.deployment.audit import Audit
 from medvit.deployment.choice import PASSING, Listed
+from medvit.deployment.compose import Documents, Order, Version
 from medvit.deployment.ledger import Ledger, Result, State
 from medvit.deployment.premises import require_folder, written
 from medvit.deployment.work import Answer, failure
-from medvit.io import ResultContext, Source, check_unchanged, deciding_slices, open_source, write_sc, write_sr
-from medvit.records import MedvitError, Prediction, Preprocessing, ScanError
+from medvit.io import ResultContext, deciding_slices
+from medvit.records import Prediction, Preprocessing, ScanError
 
 REPORTS, PICTURES = "sr", "sc"
 """Folders of the output."""
@@ -95,46 +94,47 @@ class Delivery:
         if not self.dicom:
             return done
         try:
-            source = self._source(one)
+            documents = scribe.shared(self._order(one, answer, prediction, done, before))
         except (ScanError, OSError) as error:
             failed = failure(one.case, error)
             if failed.code in PASSING:  # changed or gone since it was read: the next run sees to the study
                 return self._failed(before, one, failed)
             return replace(done, detail=f"no DICOM result ({failed.code}: {failed.detail})")
-        try:
-            with written(self.folder):
-                return self._written(done, before, source, answer, prediction)
-        except MedvitError:
-            raise
         except Exception as error:  # noqa: BLE001  one study never stops a batch; its kind is kept
-            return replace(done, detail=f"no DICOM result ({type(error).__name__})")
+            kind = error if isinstance(error, RuntimeError) else type(error).__name__  # which is all the scribe tells
+            return replace(done, detail=f"no DICOM result ({kind})")
+        with written(self.folder):
+            return self._written(done, documents)
 
-    def _source(self, one: Listed) -> Source:
-        """The series as it was when the model saw it."""
-        as_stored = self.preprocessing.orientation == "as_stored"
-        paths = [one.series.root / name for name in one.series.files]
-        source = open_source(paths, part=one.series.part, as_stored=as_stored)
-        check_unchanged(one.series)
-        return source
-
-    def _written(self, done: Result, before: Result, source: Source, answer: Answer, prediction: Prediction) -> Result:
-        """The result with its report and picture on the disk."""
-        digest = _digest(done, source, answer, self.context)
-        if digest == before.digest:
-            done = replace(done, made=before.made, predecessor=before.predecessor)
-        else:
-            # without identity UIDs are not those of the objects in the PACS, and nothing there is replaced
-            predecessor = "" if self.context.pseudonym else before.report
-            done = replace(done, digest=digest, made=done.queued, predecessor=predecessor)
-        context = replace(
-            self.context, now=datetime.fromisoformat(done.made), content=f"{digest} {done.predecessor}".strip()
+    def _order(self, one: Listed, answer: Answer, prediction: Prediction, done: Result, before: Result) -> Order:
+        picture = answer.picture
+        return Order(
+            series=one.series,
+            as_stored=self.preprocessing.orientation == "as_stored",
+            prediction=prediction,
+            row=done.row,
+            rgb=None if picture is None else picture.rgb,
+            number=0 if picture is None else picture.number,
+            context=self.context,
+            before=Version(before.digest, before.made, before.predecessor, before.report),
+            now=done.queued,
         )
-        report = write_sr(prediction, source, context, self.folder / REPORTS, predecessor=done.predecessor)
-        picture = ""
-        if answer.picture is not None:
-            path = write_sc(answer.picture.rgb, answer.picture.number, source, context, self.folder / PICTURES)
-            picture = f"{PICTURES}/{path.name}"
-        return replace(done, sr=f"{REPORTS}/{report.name}", sc=picture, report=report.stem)
+
+    def _written(self, done: Result, documents: Documents) -> Result:
+        """The result with its report and picture on the disk."""
+        report, picture, version = documents
+        report.write(self.folder / REPORTS)
+        if picture is not None:
+            picture.write(self.folder / PICTURES)
+        return replace(
+            done,
+            sr=f"{REPORTS}/{report.name}",
+            sc="" if picture is None else f"{PICTURES}/{picture.name}",
+            made=version.made,
+            digest=version.digest,
+            predecessor=version.predecessor,
+            report=version.uid,
+        )
 
     def _record(self, one: Listed, result: Result) -> None:
         """What was read, decided and written, in the audit."""
@@ -149,19 +149,6 @@ class Delivery:
             called = pseudonym("class", called)
         flags = result.row["flags"].split()
         self.audit.append("decided", **about, predicted=called, flags=flags, file=files)
-
-
-def _digest(done: Result, source: Source, answer: Answer, context: ResultContext) -> str:
-    """Hash of all that report and picture say, time and predecessor apart."""
-    picture = answer.picture
-    said = {
-        "row": done.row,
-        "slices": done.slices,
-        "identity": {keyword: raw.hex() for keyword, raw in source.identity.items()},
-        "picture": None if picture is None else [picture.number, hashlib.sha256(picture.rgb.tobytes()).hexdigest()],
-        "version": context.model_version,
-    }
-    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 def sweep(folder: Path, results: Iterable[Result]) -> None:

@@ -13,12 +13,14 @@ from .pacs_retry import Retry as Retry
 from .reader import check_unchanged as check_unchanged
 from .reader import read as read
 from .reader import read_files as read_files
+from .results import Composed as Composed
 from .results import Finding as Finding
 from .results import ResultContext as ResultContext
 from .results import deciding_slices as deciding_slices
 from .results import result_uid as result_uid
-from .results import written_uid as written_uid
+from .results_sc import compose_sc as compose_sc
 from .results_sc import write_sc as write_sc
 from .results_source import Source as Source
 from .results_source import open_source as open_source
+from .results_sr import compose_sr as compose_sr
 from .results_sr import write_sr as write_sr

@@ -26,7 +26,7 @@ from pydicom.config import IGNORE, settings
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import UID, ExplicitVRLittleEndian
 
-from medvit.io.deidentify import Pseudonym, deidentify, keyed_uid
+from medvit.io.deidentify import Pseudonym, deidentify
 from medvit.io.disk import write_whole
 from medvit.io.results_source import Source, copy_patient_study
 from medvit.records import Prediction
@@ -124,12 +124,6 @@ def sop_instance_uid(kind: str, source: Source, context: ResultContext, *parts: 
     return uid_of(kind, source, context, source.images, context.content, *volume, *parts)
 
 
-def written_uid(kind: str, source: Source, context: ResultContext, *parts: str) -> str:
-    """`sop_instance_uid` as it is written: another under each site's key where nobody may be known by it."""
-    uid = sop_instance_uid(kind, source, context, *parts)
-    return uid if context.pseudonym is None else keyed_uid(uid, context.pseudonym)
-
-
 def start_document(sop_class: str, kind: str, source: Source, context: ResultContext, *parts: str) -> Dataset:
     """An object of the source's study: patient, study, series, equipment and SOP common modules (PS3.3 C.7, C.12.1).
 
@@ -172,15 +166,28 @@ def unjudged() -> Iterator[None]:
         settings.reading_validation_mode, settings.writing_validation_mode = before
 
 
-def finish(document: Dataset, source: Source, context: ResultContext, folder: Path) -> Path:
-    """Take identity out if wanted, and write."""
+class Composed(NamedTuple):
+    """An object as it will be written: its file name, which is its UID, and its bytes."""
+
+    name: str
+    content: bytes
+
+    def write(self, folder: Path) -> Path:
+        """Put it into a folder, made when missing: a temporary file, flushed to the disk, takes the name."""
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / self.name, self.content)
+        return folder / self.name
+
+
+def finish(document: Dataset, source: Source, context: ResultContext) -> Composed:
+    """Take identity out if wanted, and encode."""
     if context.pseudonym is not None:
         deidentify(document, context.pseudonym, context.pseudonym("patient", source.patient))
-    return save(document, folder)
+    return encode(document)
 
 
-def save(document: Dataset, folder: Path) -> Path:
-    """Write an object under its UID: a temporary file, flushed to the disk, takes the name."""
+def encode(document: Dataset) -> Composed:
+    """The file of an object (PS3.10)."""
     document.file_meta = FileMetaDataset()
     document.file_meta.MediaStorageSOPClassUID = document.SOPClassUID
     document.file_meta.MediaStorageSOPInstanceUID = document.SOPInstanceUID
@@ -191,9 +198,6 @@ def save(document: Dataset, folder: Path) -> Path:
     encodings = convert_encodings(document.SpecificCharacterSet) if declared else default_encoding
     # as if read so: otherwise pydicom decodes and encodes what is raw, and loses what does not fit its character set
     document.set_original_encoding(is_implicit_vr=False, is_little_endian=True, character_encoding=encodings)
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{document.SOPInstanceUID}.dcm"
     content = BytesIO()
     document.save_as(content, enforce_file_format=True)
-    write_whole(path, content.getvalue())
-    return path
+    return Composed(f"{document.SOPInstanceUID}.dcm", content.getvalue())

@@ -11,23 +11,27 @@ from pydicom.dataset import Dataset
 from pydicom.sr.codedict import codes
 from pydicom.uid import SecondaryCaptureImageStorage
 
-from medvit.io.results import RESEARCH_USE, ResultContext, finish, start_document, unjudged
+from medvit.io.results import RESEARCH_USE, Composed, ResultContext, finish, start_document, unjudged
 from medvit.io.results_source import Source, copy_lossy, reference
 
 SERIES_NUMBER = 9101
 """After that of reports."""
 
 
-@unjudged()
 def write_sc(rgb: npt.NDArray[np.uint8], number: int, source: Source, context: ResultContext, folder: Path) -> Path:
-    """Write the picture of a slice, with 'RESEARCH USE' drawn into it; the file is named by its UID.
+    """Write what `compose_sc` makes into a folder, made when missing; the file is named by its UID."""
+    return compose_sc(rgb, number, source, context).write(folder)
+
+
+@unjudged()
+def compose_sc(rgb: npt.NDArray[np.uint8], number: int, source: Source, context: ResultContext) -> Composed:
+    """The picture of a slice, with 'RESEARCH USE' drawn into it.
 
     Args:
         rgb: (H, W, 3).
         number: of the slice, as in `Prediction.slice_weights`.
         source: the series.
         context: model and time.
-        folder: made when missing.
     """
     if rgb.ndim != 3 or rgb.shape[2] != 3 or rgb.dtype != np.uint8:
         raise ValueError(f"a picture is uint8 (H, W, 3), got {rgb.dtype} {rgb.shape}")
@@ -48,7 +52,7 @@ def write_sc(rgb: npt.NDArray[np.uint8], number: int, source: Source, context: R
         document.SourceImageSequence = [item]
     copy_lossy(document, source)
     _put_pixels(document, draw_research_use(rgb))
-    return finish(document, source, context, folder)
+    return finish(document, source, context)
 
 
 def draw_research_use(rgb: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:

@@ -31,6 +31,7 @@ from medvit.io.headers import SliceHeader
 from medvit.io.results import (
     PRIVATE_SCHEME,
     RESEARCH_USE,
+    Composed,
     Finding,
     ResultContext,
     deciding_slices,
@@ -48,17 +49,19 @@ SERIES_NUMBER = 9100
 """Far from those of scanners."""
 
 
+def write_sr(prediction: Prediction, source: Source, context: ResultContext, folder: Path) -> Path:
+    """Write what `compose_sr` makes into a folder, made when missing; the file is named by its UID."""
+    return compose_sr(prediction, source, context).write(folder)
+
+
 @unjudged()
-def write_sr(
-    prediction: Prediction, source: Source, context: ResultContext, folder: Path, *, predecessor: str = ""
-) -> Path:
-    """Write a prediction as a structured report; the file is named by its UID.
+def compose_sr(prediction: Prediction, source: Source, context: ResultContext, *, predecessor: str = "") -> Composed:
+    """A prediction as a structured report.
 
     Args:
         prediction: of the series.
         source: the series.
         context: model, codes and time.
-        folder: made when missing.
         predecessor: SOPInstanceUID of the report of this study by this model whose place it takes.
 
     Raises:
@@ -81,7 +84,7 @@ def write_sr(
     document.update(content)
     if context.pseudonym is None:  # otherwise the character set is not the source's
         _spell(content.ContentSequence, source)
-    return finish(document, source, context, folder)
+    return finish(document, source, context)
 
 
 def _report(prediction: Prediction, source: Source, context: ResultContext) -> MeasurementReport:

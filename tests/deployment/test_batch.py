@@ -8,15 +8,17 @@ import shutil
 import sqlite3
 import time
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import psutil
 import pytest
 from pydicom import dcmread
 
-from medvit.deployment import BatchOptions, Summary, Wanted, batch, delivery, predict_folder
+from medvit.deployment import BatchOptions, Summary, Wanted, batch, predict_folder, scribe
 from medvit.deployment.audit import AuditBrokenError
 from medvit.deployment.premises import occupied
 from medvit.inference import Encoder
@@ -448,15 +450,15 @@ def test_a_result_outlives_a_moment_in_which_its_images_cannot_be_read(export, t
 
 
 def test_a_share_that_is_gone_after_the_last_study_was_read_costs_nothing(export, tmp_path, monkeypatch):
-    real = delivery.open_source
+    real = scribe.shared
 
-    def gone(*arguments, **named):
+    def gone(order):
         if export.exists():
             export.rename(tmp_path / "aside")
-        return real(*arguments, **named)
+        return real(order)
 
     with monkeypatch.context() as patch:
-        patch.setattr(delivery, "open_source", gone)
+        patch.setattr(scribe, "shared", gone)
         with pytest.raises(MedvitError, match="the folder is gone"):
             run(export, tmp_path / "out")
     (tmp_path / "aside").rename(export)
@@ -506,10 +508,11 @@ def test_a_character_set_that_is_none_stops_nothing(tmp_path, codec):
 
 
 def test_a_report_that_cannot_be_made_costs_itself(export, tmp_path, monkeypatch):
-    def fail(*_, **__):
-        raise ValueError("SECRET^NAME")
+    def unfit(order):
+        return real(replace(order, number=-1, rgb=np.zeros((2, 2), np.uint8)))  # no picture
 
-    monkeypatch.setattr(delivery, "write_sr", fail)
+    real = scribe.shared
+    monkeypatch.setattr(scribe, "shared", unfit)
     assert run(export, tmp_path / "out").predicted == 5
     documents = json.loads((tmp_path / "out" / "results.json").read_text())
     assert [one["detail"] for one in documents if one["state"] == "done"] == ["no DICOM result (ValueError)"] * 5
@@ -592,3 +595,17 @@ def test_results_under_two_site_keys_are_not_mixed(export, tmp_path, monkeypatch
 def test_a_study_that_is_not_there_is_told(export, tmp_path):
     with pytest.raises(UsageError, match=r"--study 1\.2\.3: no usable study"):
         run(export, tmp_path / "out", wanted=Wanted(studies=frozenset({"1.2.3"})))
+
+
+def test_a_scribe_that_is_killed_is_replaced(export, tmp_path):
+    run(export, tmp_path / "before")
+    killed = []
+
+    def kill() -> None:
+        _, one = scribe._scribe
+        killed.append(one.process.pid)
+        os.kill(killed[0], 9)
+
+    assert run(export, tmp_path / "out", stop=after(3, kill)).predicted == 5
+    assert killed
+    assert outputs(tmp_path / "out") == outputs(tmp_path / "before")

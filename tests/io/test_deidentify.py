@@ -35,7 +35,7 @@ from test_results import (
 
 from medvit.io import open_source, write_sr
 from medvit.io.deidentify import KEPT, SHAPES, TABLE, deidentify, keyed_uid
-from medvit.io.results import save, unjudged
+from medvit.io.results import encode, unjudged
 from medvit.records import ScanError
 
 TEXT = {"AE", "LO", "LT", "PN", "SH", "ST", "UC", "UR", "UT"}
@@ -205,7 +205,7 @@ def test_canaries_at_every_level_of_a_finished_object_are_gone(results, tmp_path
             document.setdefault("ContentSequence", []).value.append(item)
         with unjudged():
             deidentify(document, keyed(b"site"), "0123456789abcdef")
-            found = CANARY.findall(written_bytes([save(document, tmp_path)]))
+            found = CANARY.findall(written_bytes([encode(document).write(tmp_path)]))
         assert not found, dcmread(tmp_path / f"{document.SOPInstanceUID}.dcm")
 
 

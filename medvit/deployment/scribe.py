@@ -1,0 +1,112 @@
+"""A process beside ours that composes reports and pictures; it has no effect but its answers.
+
+It starts when first needed, serves one order after the other, and ends when our end of the socket is gone, however that
+comes about. Only we write files: a kill leaves nothing under way.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from contextlib import suppress
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+from medvit.deployment.compose import Documents, Order, compose
+from medvit.records import MedvitError, ReasonCode, ScanError
+
+
+class Scribe:
+    """The process, and the connection to it."""
+
+    def __init__(self) -> None:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            self.process = _start(theirs.fileno())
+        self.connection = Connection(ours.detach())
+
+    def compose(self, order: Order) -> Documents:
+        """`compose` there.
+
+        Raises:
+            EOFError, OSError: it is gone.
+        """
+        self.connection.send(order)
+        answer = self.connection.recv()
+        if isinstance(answer, BaseException):
+            raise answer
+        assert isinstance(answer, Documents)
+        return answer
+
+    def close(self) -> None:
+        """End it."""
+        self.connection.close()
+        self.process.kill()
+        self.process.wait()
+
+
+def _start(descriptor: int) -> subprocess.Popen[bytes]:
+    home, others = str(Path(__file__).parents[2]), [entry for entry in sys.path if entry]
+    program = f"import sys; sys.path[:0] = [{home!r}]; sys.path += {others!r}\n"
+    program += f"from medvit.deployment.scribe import serve; serve({descriptor})"
+    return subprocess.Popen(
+        [sys.executable, "-P", "-W", "ignore", "-c", program],  # -P: nothing in the working folder is a module
+        pass_fds=[descriptor],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,  # libraries tell values of patients
+    )
+
+
+def serve(descriptor: int) -> None:
+    """Answer orders until the other end is gone."""
+    for stop in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # the end of the run is the parent's affair
+        signal.signal(stop, signal.SIG_IGN)
+    connection = Connection(descriptor)
+    while True:
+        with suppress(BrokenPipeError):
+            try:
+                order = connection.recv()
+            except (EOFError, OSError):
+                return
+            connection.send(_attempt(order))
+
+
+def _attempt(order: Order) -> Documents | BaseException:
+    try:
+        return compose(order)
+    except MedvitError as error:
+        return error
+    except OSError as error:
+        return OSError(error.errno, os.strerror(error.errno or 5))
+    except Exception as error:  # noqa: BLE001  its kind is told; its text may hold identity
+        return RuntimeError(type(error).__name__)
+
+
+_scribe: tuple[int, Scribe] | None = None
+_lock = threading.Lock()
+
+
+def shared(order: Order) -> Documents:
+    """`compose` in the process that this one shares; started again where it has died, and the order once more.
+
+    Raises:
+        ScanError: as `compose`; `WORKER_DIED` where it dies of the order twice.
+    """
+    global _scribe  # noqa: PLW0603  one for the process is the point
+    with _lock:
+        for _ in range(2):
+            if _scribe is None or _scribe[0] != os.getpid():  # a forked child has its own
+                _scribe = os.getpid(), Scribe()
+                atexit.register(_scribe[1].close)
+            try:
+                return _scribe[1].compose(order)
+            except (EOFError, ConnectionError):
+                _scribe[1].close()
+                _scribe = None
+    raise ScanError(ReasonCode.WORKER_DIED, "the process that composes reports ended twice")
