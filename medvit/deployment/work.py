@@ -101,7 +101,8 @@ def draw_decisive(prepared: Prepared, prediction: Prediction, output: StudyOutpu
     target = 1 if len(names) == 2 else names.index(prediction.predicted)
     relevance: npt.NDArray[Any] = np.zeros((1, 1), np.float32)
     if watchable(model.encoder.classifier.backbone):
-        maps = relevance_maps(model.encoder, prepared.slices, output.features, target, [place])
-        relevance = maps[PREFERRED[0]][0]
+        method = PREFERRED[0]
+        maps = relevance_maps(model.encoder, prepared.slices, output.features, target, [place], [method])
+        relevance = maps[method][0]
     rgb = overlay_panels(prepared.slices[place], relevance, model.preprocessing.windows)
     return Picture(int(prepared.numbers[place]), rgb)

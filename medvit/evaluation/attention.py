@@ -63,7 +63,12 @@ FLOWS: dict[Method, Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]] = {
 
 
 def relevance_maps(
-    encoder: Encoder, slices: Slices, features: Floats, target: int, at: Sequence[int]
+    encoder: Encoder,
+    slices: Slices,
+    features: Floats,
+    target: int,
+    at: Sequence[int],
+    methods: Sequence[Method] = tuple(FLOWS),
 ) -> dict[Method, Floats]:
     """How much each patch of some slices had to do with the score of a class.
 
@@ -75,6 +80,7 @@ def relevance_maps(
         features: (S, D) of them, as `encoder.encode` gives.
         target: class index.
         at: which of them to explain.
+        methods: which maps.
 
     Returns:
         Method -> (len(at), rows, columns) of the grid of patches, 0 or more.
@@ -83,10 +89,10 @@ def relevance_maps(
         UsageError: the backbone has no attention to watch.
     """
     towards, weights = _class_gradient(encoder, torch.as_tensor(features), target)
-    parts: dict[Method, list[Tensor]] = {method: [] for method in FLOWS}
+    parts: dict[Method, list[Tensor]] = {method: [] for method in methods}
     for start in range(0, len(at), WATCHED_AT_ONCE):
         some = list(at[start : start + WATCHED_AT_ONCE])
-        for method, part in _watch(encoder, slices[some], towards[some], weights[some]).items():
+        for method, part in _watch(encoder, slices[some], towards[some], weights[some], methods).items():
             parts[method].append(part)
     shape = (len(at), *encoder.classifier.backbone.grid)
     return {method: torch.cat(part).numpy().reshape(shape) for method, part in parts.items()}
@@ -108,7 +114,9 @@ def _class_gradient(encoder: Encoder, features: Tensor, target: int) -> tuple[Te
     return gradient[0].cpu(), output.weights[0].detach().cpu()
 
 
-def _watch(encoder: Encoder, slices: Slices, towards: Tensor, weights: Tensor) -> dict[Method, Tensor]:
+def _watch(
+    encoder: Encoder, slices: Slices, towards: Tensor, weights: Tensor, methods: Sequence[Method]
+) -> dict[Method, Tensor]:
     """Maps (B, patches) of slices (B, H, H), given the gradient (B, D) by their features and their weights (B,)."""
     backbone = encoder.classifier.backbone
     device = next(backbone.parameters()).device
@@ -120,7 +128,8 @@ def _watch(encoder: Encoder, slices: Slices, towards: Tensor, weights: Tensor) -
     kept = [one.detach().float().cpu() for one in attention]
     slopes = [one.float().cpu() for one in gradients]
     start, patches = _read_out(backbone, kept[0].shape[-1]), slice(backbone.prefix_tokens, None)
-    found = {name: torch.einsum("i,bij->bj", start, flow(kept, slopes))[:, patches] for name, flow in FLOWS.items()}
+    flows = {name: FLOWS[name](kept, slopes) for name in methods}
+    found = {name: torch.einsum("i,bij->bj", start, flow)[:, patches] for name, flow in flows.items()}
     # gradients know how much a slice counts; the other maps are told
     return {name: one if name == "gradient" else one * weights[:, None] for name, one in found.items()}
 

@@ -1,8 +1,9 @@
 """A prediction as a structured report: Comprehensive 3D SR by TID 1500 (PS3.16), which viewers show as measurements.
 
-One measurement group (TID 1501) for the study says what was found, the probability of each class, the operating point
-and the flags; one for each deciding slice refers to its image. Only the class that was called is a Finding: groups for
-all classes would show each of them as found. Basic Text SR would hold the same, and many viewers do not show it.
+One measurement group (TID 1501) for the study says what was found, the probability of each class, the operating point,
+the flags and which model it was; one for each deciding slice refers to its image. Only the class that was called is a
+Finding: groups for all classes would show each of them as found. Basic Text SR would hold the same, and many viewers do
+not show it.
 """
 
 from __future__ import annotations
@@ -137,7 +138,6 @@ def _slice_groups(
                     uid_of("slice group", source, context, str(number)), f"slice {number + 1}"
                 ),
                 finding_type=_concept(context.finding(prediction.predicted)),
-                algorithm_id=_algorithm(context),
                 measurements=[_measurement(private_code("SLICE_WEIGHT", "Attention weight of the slice"), weight)],
                 source_images=[_source_image(image)],
             )
