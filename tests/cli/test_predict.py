@@ -1,8 +1,13 @@
 import csv
+import json
 import os
 import re
 import shutil
+import signal
 import sqlite3
+import subprocess
+import sys
+import time
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -10,10 +15,12 @@ from pathlib import Path
 import pytest
 
 from medvit.cli import predict
+from medvit.cli.stopping import Stop
 from medvit.data.pseudonym import pseudonym
 from medvit.deployment import batch, work
 from medvit.io import scan_folder
 from medvit.records import Outcome, ReasonCode, ScanError
+from tests.deployment.batches import series, write_export
 
 
 def rows(path: Path) -> list[dict[str, str]]:
@@ -180,3 +187,90 @@ def test_a_scan_that_the_model_is_not_for_gets_a_reason_and_no_score(export, for
     assert len({row["series_uid"] for row in aside}) == export.patients - len(predicted)
     assert all("manufacturer SIEMENS" in row["detail"] for row in aside)
     assert all(float(row["ood_score"]) > 0 for row in predicted)
+
+
+def started(*arguments: str) -> subprocess.Popen:
+    """The command in a process of its own."""
+    command = [sys.executable, "-W", "ignore", "-m", "medvit.cli", "predict", *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_command_in_order_and_the_next_run_goes_on(number, trained, tmp_path):
+    write_export(tmp_path / "in", 200, bad=0)
+    arguments = [str(tmp_path / "in"), "--model", str(trained), "--output", str(tmp_path / "out")]
+    run = started(*arguments)
+    while not list((tmp_path / "out" / "sr").glob("*.dcm")):
+        assert run.poll() is None
+        time.sleep(0.05)
+    run.send_signal(number)
+    shown, told = run.communicate(timeout=60)
+    assert run.returncode == 128 + number, told
+    assert "waiting" in shown
+    assert "stopping: what is under way is finished first" in told
+    done = len(rows(tmp_path / "out" / "predictions.csv"))
+    assert 0 < done < 200
+    assert done == len(list((tmp_path / "out" / "sr").iterdir()))
+
+
+def test_watching_takes_what_arrives_until_it_is_stopped(trained, tmp_path, capsys, monkeypatch):
+    folder = tmp_path / "in"
+    looks: list[int] = []
+
+    def wait(stop: Stop, seconds: float) -> bool:
+        looks.append(int(seconds))
+        if len(looks) == 1:  # nothing was there
+            series(0).write(folder / "a")
+        elif len(looks) == 2:
+            series(1).write(folder / "b")
+        return len(looks) == 3
+
+    monkeypatch.setattr(Stop, "wait", wait)
+    folder.mkdir()
+    arguments = ["--model", str(trained), "--output", str(tmp_path / "out"), "--watch", "7", "--settled", "0"]
+    assert predict.main([str(folder), *arguments]) == 0
+    assert looks == [7, 7, 7]
+    shown = capsys.readouterr()
+    assert "the folder is empty" in shown.err
+    assert len(rows(tmp_path / "out" / "predictions.csv")) == 2
+
+
+def test_what_is_still_arriving_waits(trained, tmp_path):
+    series(0).write(tmp_path / "in")
+    arguments = [str(tmp_path / "in"), "--model", str(trained), "--output", str(tmp_path / "out")]
+    predict.main([*arguments, "--settled", "3600"])
+    assert rows(tmp_path / "out" / "predictions.csv") == []
+    assert "1 waiting" in (tmp_path / "out" / "summary.txt").read_text()
+    predict.main(arguments)
+    assert len(rows(tmp_path / "out" / "predictions.csv")) == 1
+
+
+def test_the_run_as_json(trained, tmp_path, capsys):
+    series(0).write(tmp_path / "in")
+    assert (
+        predict.main([str(tmp_path / "in"), "--model", str(trained), "--output", str(tmp_path / "out"), "--json"]) == 0
+    )
+    done = json.loads(capsys.readouterr().out)
+    assert (done["predicted"], done["seen"], done["used"]) == (1, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--since", "soon"),
+        ("--limit", "0"),
+        ("--shard", "3/2"),
+        ("--retry", "NO_SUCH_CODE"),
+        ("--finding", "1=Hemorrhage"),
+        ("--finding", f"1=SCT:1:{'x' * 65}"),
+        ("--query", "StudyDate"),
+    ],
+)
+def test_wrong_options_end_with_2_and_say_what_is_needed(option, value, tmp_path, capsys):
+    assert predict.main([str(tmp_path), "--model", "m", "--output", "o", option, value]) == 2
+    assert option in capsys.readouterr().err
+
+
+def test_the_unit_in_the_readme_takes_3_for_success():
+    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    assert "SuccessExitStatus=3\n" in text
