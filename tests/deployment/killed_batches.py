@@ -22,6 +22,9 @@ from typing import Any
 from medvit.deployment import predict_folder
 from tests.deployment.batches import NOON, make_model, outputs, write_export
 
+START_S = 4.0
+"""Until a life has listed the files and the process that composes reports runs, twice over: lives must get on."""
+
 FORK = multiprocessing.get_context("fork")
 
 
@@ -73,7 +76,7 @@ def killed_at_random(folder: Path, series: int, kills: int, rng: random.Random) 
     came, unreadable, differ, runs = 0, 0, list[str](), 0
     while came < kills:
         output = folder / f"killed{runs}"
-        while run(folder / "export", output, kill_after=rng.uniform(0, 2.5 * seconds / kills + 0.3)):
+        while run(folder / "export", output, kill_after=rng.uniform(0, START_S + 2 * seconds / kills)):
             came += 1
             unreadable += not readable(output)
         differ += difference(folder / "whole", output)
