@@ -122,7 +122,7 @@ def show_results(output: Path) -> None:
         "run/": "config, cases, metrics, model (bundle/), predictions",
         "report/report.html": "the report: open it in a browser",
         "export/": "DICOM of patients not seen in training",
-        "results/": "predictions.csv, quarantine.csv, ledger.sqlite",
+        "results/": "summary.txt, predictions.csv, reports and pictures as DICOM (sr/, sc/)",
     }
     for place, what in places.items():
         print(f"  {output / place!s:32} {what}")

@@ -198,19 +198,27 @@ def _look(arguments: argparse.Namespace, model: Model, options: BatchOptions, st
     with Display() as display:
         if arguments.source:
             folder, failed = _receive(arguments, options, stop, display)
-        done = deployment.predict_folder(
-            folder,
-            model,
-            arguments.output,
-            options,
-            stop=stop,
-            start=display.start,
-            step=display.step,
-        )
-        _tell(done, arguments)
+        status = _predict(folder, arguments, model, options, stop, display)
         if arguments.send_to and not stop():
             failed += _send(arguments, model, options, display)
-    return EXIT_QUARANTINE if failed and not done.stopped else _exit_code(done, stop)
+    return 128 + stop.signal if stop() and (failed or arguments.send_to) else EXIT_QUARANTINE if failed else status
+
+
+def _predict(
+    folder: Path, arguments: argparse.Namespace, model: Model, options: BatchOptions, stop: Stop, display: Display
+) -> int:
+    """The exit code; a PACS that has nothing new is no fault, and results may wait to be sent."""
+    try:
+        done = deployment.predict_folder(
+            folder, model, arguments.output, options, stop=stop, start=display.start, step=display.step
+        )
+    except deployment.NothingThereError as error:
+        if not arguments.source:
+            raise
+        display.say(str(error))
+        return EXIT_DONE
+    _tell(done, arguments)
+    return _exit_code(done, stop)
 
 
 def _send(arguments: argparse.Namespace, model: Model, options: BatchOptions, display: Display) -> int:
@@ -225,18 +233,17 @@ def _send(arguments: argparse.Namespace, model: Model, options: BatchOptions, di
 
 def _receive(arguments: argparse.Namespace, options: BatchOptions, stop: Stop, display: Display) -> tuple[Path, int]:
     """Where the studies from a PACS are now, and how many could not be fetched."""
-    received = arguments.output / "received"
     got = deployment.receive(
         io.open_pacs(arguments.source),
         dict(arguments.query),
-        received,
+        arguments.output,
         options.wanted,
         stop=stop,
         start=display.start,
         step=display.step,
     )
     display.say(f"{got.fetched} studies fetched, {got.known} here already, {got.failed} failed {got.why}".rstrip())
-    return received / deployment.IMAGES, got.failed
+    return got.folder, got.failed
 
 
 def _check_places(arguments: argparse.Namespace) -> None:

@@ -6,7 +6,6 @@ from .batch import NothingThereError as NothingThereError
 from .batch import Summary as Summary
 from .batch import predict_folder as predict_folder
 from .choice import Wanted as Wanted
-from .exchange import IMAGES as IMAGES
 from .exchange import receive as receive
 from .exchange import send_results as send_results
 from .options import BatchOptions as BatchOptions

@@ -9,7 +9,7 @@ from typing import Any
 
 from medvit.data.pseudonym import pseudonym
 from medvit.deployment.audit import Audit
-from medvit.deployment.choice import PASSING, Studies, Wanted, fingerprint, study_of
+from medvit.deployment.choice import PASSING, Studies, Wanted, fingerprint
 from medvit.deployment.ledger import Ledger, NamedFile, Result, SeriesEntry, State
 from medvit.deployment.options import BatchOptions
 from medvit.io import FileEntry, Inventory
@@ -55,12 +55,10 @@ def _failed(entry: FileEntry, result: Result) -> FileEntry:
     return entry._replace(outcome=outcome if outcome.bad else Outcome.QUARANTINE, code=code, detail=result.detail)
 
 
-def account_series(inventory: Inventory, studies: Studies, options: BatchOptions) -> Iterator[SeriesEntry]:
+def account_series(studies: Studies, options: BatchOptions) -> Iterator[SeriesEntry]:
     """One entry per volume; what became of the chosen ones is in the results."""
     passed = {other.series.key: other.detail for other in studies.not_selected}
-    for series in inventory.series:
-        if not options.wanted.mine(study_of(series)):
-            continue
+    for series in studies.series:
         outcome, codes, detail = str(series.outcome), " ".join(series.codes), series.detail
         if series.key in passed:
             outcome, codes, detail = str(Outcome.SKIP), str(ReasonCode.NOT_SELECTED), passed[series.key]

@@ -28,7 +28,7 @@ from medvit.deployment.ledger import Ledger, State
 from medvit.deployment.options import BatchOptions
 from medvit.deployment.outputs import begun, export
 from medvit.deployment.pipeline import WriteBehind
-from medvit.deployment.premises import AUDIT, LEDGER, occupied, written
+from medvit.deployment.premises import AUDIT, LEDGER, occupied, require_folder, written
 from medvit.deployment.work import Answer
 from medvit.inference import Model
 from medvit.io import Inventory, scan_folder
@@ -110,7 +110,11 @@ def predict_folder(
         UsageError: no such folder, nothing that is CT in it; `output` belongs to another model, is in use or unfit.
         MedvitError: the run cannot go on; what is done is kept.
     """
-    options = options or BatchOptions()
+    options, folder = options or BatchOptions(), folder.absolute()  # other processes have working folders of their own
+    if output.resolve().is_relative_to(folder.resolve()):
+        raise UsageError(
+            f"{output}: lies in the folder of the images, and would be read as one. Give another --output."
+        )
     identity = options.identity(model)
     with (
         occupied(output),
@@ -120,6 +124,7 @@ def predict_folder(
         _require_whole(audit, ledger)
         start("listing files", 0)
         inventory = _list(folder, options, stop, step)
+        require_folder(folder)  # what went while it was listed is not judged
         studies = list_studies(inventory, options.wanted, options.study)
         settle_unusable(studies, ledger, audit, clock())
         due = _queue(studies, options, ledger, output, clock())
@@ -260,7 +265,7 @@ def _end(
     """Account for all files, and export; the text of the summary."""
     entries = account_files(inventory, studies, ledger.failed(), options.wanted)
     ledger.put_account(
-        account_series(inventory, studies, options),
+        account_series(studies, options),
         named(entries, options),
     )
     with written(output):

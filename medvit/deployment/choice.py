@@ -19,6 +19,10 @@ PASSING = {str(ReasonCode.IO_ERROR), str(ReasonCode.INCOMPLETE)}
 """Reasons that may be gone the next time though no file has changed."""
 
 
+REPEATED = {str(ReasonCode.WORKER_DIED)}
+"""Why a prediction has no report although it might have one: tried again by each run."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Wanted:
     """What an operator asks for; the default is everything.
@@ -66,11 +70,13 @@ class Studies:
         listed: those with a usable series.
         not_selected: volumes that were passed over.
         unusable: study -> its series, where none can be used.
+        series: all, as they are judged here: a study of which something is just arriving waits as a whole.
     """
 
     listed: tuple[Listed, ...]
     not_selected: tuple[NotSelected, ...]
     unusable: Mapping[str, tuple[Series, ...]]
+    series: tuple[Series, ...]
 
 
 def fingerprint(series: Iterable[Series]) -> str:
@@ -86,8 +92,12 @@ def study_of(series: Series | Case) -> str:
 
 def list_studies(inventory: Inventory, wanted: Wanted, name: Callable[[str], str]) -> Studies:
     """The studies of this shard, under names of their own."""
-    torn = _torn(inventory)
-    mine = tuple(_held_back(s) if s.key in torn else s for s in inventory.series if wanted.mine(study_of(s)))
+    waiting = _torn(inventory) | {study_of(s) for s in inventory.series if PASSING.intersection(s.codes)}
+    mine = tuple(
+        _held_back(series) if series.usable and study_of(series) in waiting else series
+        for series in inventory.series
+        if wanted.mine(study_of(series))
+    )
     cases, not_selected = unlabelled_cases(Inventory(inventory.root, mine, inventory.files))
     by_key = {series.key: series for series in mine}
     listed = tuple(
@@ -98,24 +108,24 @@ def list_studies(inventory: Inventory, wanted: Wanted, name: Callable[[str], str
     for series in mine:
         if (study := name(study_of(series))) not in usable:
             unusable[study] = (*unusable.get(study, ()), series)
-    return Studies(listed, not_selected, unusable)
+    return Studies(listed, not_selected, unusable, mine)
 
 
-def _torn(inventory: Inventory) -> set[tuple[str, str, int]]:
-    """Series whose folder holds nothing else but a file that could not be read: it may be a slice of theirs.
+def _torn(inventory: Inventory) -> set[str]:
+    """Studies that share a folder with no other study, but with a file that could not be read: it may be of theirs.
 
     A slice amidst the others would be missed; the first or last would not.
     """
     unread = {PurePosixPath(entry.path).parent for entry in inventory.files if entry.code is ReasonCode.IO_ERROR}
-    beside: dict[PurePosixPath, set[tuple[str, str, int]]] = defaultdict(set)
+    beside: dict[PurePosixPath, set[str]] = defaultdict(set)
     for series in inventory.series if unread else ():
         for folder in {PurePosixPath(path).parent for path in series.files} & unread:
-            beside[folder].add(series.key)
-    return {key for keys in beside.values() if len(keys) == 1 for key in keys}
+            beside[folder].add(study_of(series))
+    return {study for studies in beside.values() if len(studies) == 1 for study in studies}
 
 
 def _held_back(series: Series) -> Series:
-    detail = "a file beside its slices could not be read, which may be one of them"
+    detail = "something of its study is still arriving, or could not be read"
     return replace(series, outcome=Outcome.QUARANTINE, codes=(ReasonCode.INCOMPLETE,), detail=detail)
 
 
@@ -133,7 +143,7 @@ def choose_due(studies: Iterable[Listed], ledger: Ledger, wanted: Wanted) -> lis
 def _asked_for(one: Listed, known: Result | None, wanted: Wanted) -> bool:
     if wanted.studies and one.case.study_uid not in wanted.studies:
         return False
-    if wanted.since is None or (known is not None and known.state is State.WAITING):
+    if wanted.since is None or (known is not None and (known.state is State.WAITING or known.code in PASSING)):
         return True  # what an interrupted run left was asked for then
     return _newest(one.case) >= wanted.since.timestamp()
 
@@ -143,6 +153,8 @@ def _open(one: Listed, known: Result | None, output: Path, wanted: Wanted) -> bo
         return True
     if known.state is State.FAILED:
         return known.code in PASSING | wanted.retry
+    if known.code:  # predicted, but the report could not be made
+        return known.code in REPEATED | wanted.retry
     return not all((output / name).is_file() for name in (known.sr, known.sc) if name)
 
 

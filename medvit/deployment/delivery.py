@@ -16,13 +16,13 @@ from typing import Any
 from medvit.data.pseudonym import pseudonym
 from medvit.deployment import scribe
 from medvit.deployment.audit import Audit
-from medvit.deployment.choice import PASSING, Listed
+from medvit.deployment.choice import PASSING, REPEATED, Listed
 from medvit.deployment.compose import Documents, Order, Version
 from medvit.deployment.ledger import Ledger, Result, State
 from medvit.deployment.premises import require_folder, written
 from medvit.deployment.work import Answer, failure
-from medvit.io import ResultContext, deciding_slices
-from medvit.records import Prediction, Preprocessing, ScanError
+from medvit.io import ResultContext, check_unchanged, deciding_slices
+from medvit.records import Prediction, Preprocessing, ReasonCode, ScanError
 
 REPORTS, PICTURES = "sr", "sc"
 """Folders of the output."""
@@ -74,9 +74,14 @@ class Delivery:
 
     def _failed(self, before: Result, one: Listed, answer: Answer) -> Result:
         """Without a prediction; for a reason that may pass, what the study had stays as it is."""
+        require_folder(one.series.root)
+        if answer.code not in PASSING:
+            try:  # a share that fails looks like a damaged file
+                check_unchanged(one.series)
+            except ScanError as error:
+                answer = failure(one.case, error)
         why: dict[str, Any] = {"state": State.FAILED, "code": answer.code, "detail": answer.detail}
         if answer.code in PASSING:
-            require_folder(one.series.root)
             return replace(before, **why)
         return replace(before, row={}, slices=(), sr="", sc="", **why)
 
@@ -99,10 +104,11 @@ class Delivery:
             failed = failure(one.case, error)
             if failed.code in PASSING:  # changed or gone since it was read: the next run sees to the study
                 return self._failed(before, one, failed)
-            return replace(done, detail=f"no DICOM result ({failed.code}: {failed.detail})")
+            code = failed.code if failed.code in REPEATED else ""
+            return replace(done, code=code, detail=f"no DICOM result ({failed.code}: {failed.detail})")
         except Exception as error:  # noqa: BLE001  one study never stops a batch; its kind is kept
             kind = error if isinstance(error, RuntimeError) else type(error).__name__  # which is all the scribe tells
-            return replace(done, detail=f"no DICOM result ({kind})")
+            return replace(done, code=str(ReasonCode.WORKER_DIED), detail=f"no DICOM result ({kind})")
         with written(self.folder):
             return self._written(done, documents)
 

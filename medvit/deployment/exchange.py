@@ -18,13 +18,13 @@ from medvit.deployment.audit import Audit
 from medvit.deployment.choice import Wanted
 from medvit.deployment.ledger import Ledger
 from medvit.deployment.options import BatchOptions
-from medvit.deployment.premises import AUDIT, LEDGER, occupied
+from medvit.deployment.premises import AUDIT, LEDGER, occupied, written
 from medvit.inference import Model
-from medvit.io import Found, Pacs, PacsError, PacsRefusedError, Sent
-from medvit.io.disk import write_whole
+from medvit.io import Found, Pacs, PacsError, Sent
+from medvit.io.disk import sync_folder, write_whole
 
-IMAGES, ARRIVING, FETCHED = "images", "arriving", "fetched"
-"""Below the folder of what was received: whole studies; the one under way; how many images each had."""
+RECEIVED, IMAGES, ARRIVING, FETCHED = "received", "images", "arriving", "fetched"
+"""Below the output, and below that: whole studies; the one under way; how many images each had."""
 
 IN_A_ROW = 3
 """Studies that fail one after the other before the PACS is given up."""
@@ -34,8 +34,12 @@ Step = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Received:
-    """What a PACS gave: studies fetched now, there already, and failed; `why` says what was last heard of a failure."""
+    """What a PACS gave: studies fetched now, there already, and failed; `why` says what was last heard of a failure.
 
+    Their images are in `folder`.
+    """
+
+    folder: Path
     fetched: int
     known: int
     failed: int
@@ -45,7 +49,7 @@ class Received:
 def receive(
     pacs: Pacs,
     query: Mapping[str, str],
-    folder: Path,
+    output: Path,
     wanted: Wanted,
     *,
     stop: Callable[[], bool] = lambda: False,
@@ -54,18 +58,34 @@ def receive(
 ) -> Received:
     """Fetch the studies that match a query, those apart that are here already.
 
+    A study that cannot be had costs itself; after several in a row the others are left for the next run.
+
     Args:
         pacs: where from.
         query: as `Pacs.find`.
-        folder: kept between runs; the studies are in its subfolder `IMAGES`.
+        output: of the run; studies are kept in its subfolder `RECEIVED`.
         wanted: a shard, or single studies, of those found; at most `limit` new ones are fetched.
         stop: asked before each study.
         start: told of the work and its length; `step` of each study.
         step: see `start`.
 
     Raises:
-        PacsError: the PACS cannot be reached or refuses, or several studies in a row failed.
+        PacsError: the PACS does not say what it has.
+        MedvitError: the output folder is in use, or cannot be written.
     """
+    with occupied(output), written(output):
+        return _receive(pacs, query, output / RECEIVED, wanted, stop, start, step)
+
+
+def _receive(
+    pacs: Pacs,
+    query: Mapping[str, str],
+    folder: Path,
+    wanted: Wanted,
+    stop: Callable[[], bool],
+    start: Callable[[str, int], None],
+    step: Step,
+) -> Received:
     found = [one for one in pacs.find(query) if _asked_for(one, wanted)]
     start("fetching studies", len(found))
     (folder / IMAGES).mkdir(parents=True, exist_ok=True)
@@ -77,14 +97,12 @@ def receive(
         try:
             tally["fetched" if _fetch(pacs, one, folder) else "known"] += 1
             row = 0
-        except PacsRefusedError:
-            raise
         except PacsError as error:
             tally["failed"], row, why = tally["failed"] + 1, row + 1, str(error)
             if row == IN_A_ROW:
-                raise
+                break
         step(f"{tally['fetched']} fetched, {tally['known']} here already, {tally['failed']} failed")
-    return Received(tally["fetched"], tally["known"], tally["failed"], why)
+    return Received(folder / IMAGES, tally["fetched"], tally["known"], tally["failed"], why)
 
 
 def _asked_for(one: Found, wanted: Wanted) -> bool:
@@ -96,7 +114,7 @@ def _fetch(pacs: Pacs, one: Found, folder: Path) -> bool:
     name = pseudonym("study", one.study_uid)
     note = folder / FETCHED / f"{name}.json"
     known = json.loads(note.read_text()) if note.is_file() else None
-    if known is not None and one.instances == known["instances"]:
+    if known is not None and one.instances is not None and one.instances == known["instances"]:
         return False
     if known is not None and pacs.images(one.study_uid) == known["images"]:  # what is new are results
         write_whole(note, json.dumps(known | {"instances": one.instances}).encode())
@@ -107,6 +125,7 @@ def _fetch(pacs: Pacs, one: Found, folder: Path) -> bool:
     if count:
         shutil.rmtree(images, ignore_errors=True)
         arriving.rename(images)
+        sync_folder(folder / IMAGES)
     write_whole(note, json.dumps({"instances": one.instances, "images": count}).encode())
     return True
 

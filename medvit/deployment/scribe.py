@@ -17,6 +17,7 @@ from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+from medvit.data.pseudonym import pseudonym
 from medvit.deployment.compose import Documents, Order, compose
 from medvit.records import MedvitError, ReasonCode, ScanError
 
@@ -28,23 +29,23 @@ class Scribe:
         ours, theirs = socket.socketpair()
         with theirs:
             self.process = _start(theirs.fileno())
-        self.connection = Connection(ours.detach())
+        self.connection, self.orders = Connection(ours.detach()), 0
 
-    def compose(self, order: Order) -> Documents:
-        """`compose` there.
+    def ask(self, order: Order) -> Documents | Exception:
+        """What `compose` makes there, or what it raised.
 
         Raises:
             EOFError, OSError: it is gone.
         """
-        self.connection.send(order)
-        answer = self.connection.recv()
-        if isinstance(answer, BaseException):
-            raise answer
-        assert isinstance(answer, Documents)
-        return answer
+        self.orders += 1
+        self.connection.send((self.orders, order))
+        number, answer = self.connection.recv()
+        assert number == self.orders  # the report of one patient is not that of another
+        return answer  # type: ignore[no-any-return]
 
     def close(self) -> None:
         """End it."""
+        atexit.unregister(self.close)
         self.connection.close()
         self.process.kill()
         self.process.wait()
@@ -71,13 +72,13 @@ def serve(descriptor: int) -> None:
     while True:
         with suppress(BrokenPipeError):
             try:
-                order = connection.recv()
+                number, order = connection.recv()
             except (EOFError, OSError):
                 return
-            connection.send(_attempt(order))
+            connection.send((number, _attempt(order)))
 
 
-def _attempt(order: Order) -> Documents | BaseException:
+def _attempt(order: Order) -> Documents | Exception:
     try:
         return compose(order)
     except MedvitError as error:
@@ -88,7 +89,7 @@ def _attempt(order: Order) -> Documents | BaseException:
         return RuntimeError(type(error).__name__)
 
 
-_scribe: tuple[int, Scribe] | None = None
+_scribe: tuple[tuple[int, str], Scribe] | None = None
 _lock = threading.Lock()
 
 
@@ -98,15 +99,36 @@ def shared(order: Order) -> Documents:
     Raises:
         ScanError: as `compose`; `WORKER_DIED` where it dies of the order twice.
     """
-    global _scribe  # noqa: PLW0603  one for the process is the point
     with _lock:
         for _ in range(2):
-            if _scribe is None or _scribe[0] != os.getpid():  # a forked child has its own
-                _scribe = os.getpid(), Scribe()
-                atexit.register(_scribe[1].close)
+            one = _running()
             try:
-                return _scribe[1].compose(order)
-            except (EOFError, ConnectionError):
-                _scribe[1].close()
-                _scribe = None
-    raise ScanError(ReasonCode.WORKER_DIED, "the process that composes reports ended twice")
+                answer = one.ask(order)
+                break
+            except (EOFError, OSError):
+                _end()
+            except BaseException:  # its answer may still come, and would pass for that to the next order
+                _end()
+                raise
+        else:
+            raise ScanError(ReasonCode.WORKER_DIED, "the process that composes reports ended twice")
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
+
+
+def _running() -> Scribe:
+    """That of this process and site key: a forked child has its own."""
+    global _scribe  # noqa: PLW0603  one for the process is the point
+    whose = os.getpid(), pseudonym("scribe", "")
+    if _scribe is None or _scribe[0] != whose:
+        _scribe = whose, Scribe()
+        atexit.register(_scribe[1].close)
+    return _scribe[1]
+
+
+def _end() -> None:
+    global _scribe  # noqa: PLW0603  as above
+    if _scribe is not None:
+        _scribe[1].close()
+    _scribe = None

@@ -77,6 +77,11 @@ def fill_plane(plane: npt.NDArray[np.float32], layout: Layout, frame: Frame) -> 
         raise ScanError(error.code, error.detail, (frame.path,)) from None
     except MemoryError:
         raise ScanError(ReasonCode.RESOURCE_LIMIT, "decoding needs too much memory", (frame.path,)) from None
+    except OSError as error:
+        if error.errno is None:  # a codec's, not the system's
+            detail = f"pixel data cannot be decoded ({type(error).__name__})"
+            raise ScanError(ReasonCode.PIXEL_TRUNCATED, detail, (frame.path,)) from None
+        raise ScanError(ReasonCode.IO_ERROR, os.strerror(error.errno), (frame.path,)) from None
     except BaseException as error:  # noqa: BLE001  codecs raise any type; Rust panics are no Exception
         detail = f"pixel data cannot be decoded ({type(error).__name__})"
         raise ScanError(ReasonCode.PIXEL_TRUNCATED, detail, (frame.path,)) from None

@@ -25,7 +25,7 @@ import tempfile
 import threading
 import time
 import weakref
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -239,7 +239,7 @@ class Sandbox:
     def _run_all(self, tasks: Sequence[Task], files: Sequence[tuple[str, ...]], memory: _Memory) -> list[Any]:
         waiting, answers, faults = deque(range(len(tasks))), [None] * len(tasks), dict[int, ScanError]()
         busy: dict[_Worker, int] = {}
-        again: set[int] = set()
+        again = Counter[int]()
         while (waiting and not faults) or busy:
             while waiting and not faults and (worker := self._idle(busy)) is not None:
                 number = waiting.popleft()
@@ -251,8 +251,8 @@ class Sandbox:
                 try:
                     answers[number] = self._answer(worker, files[number])
                 except ScanError as fault:
-                    if fault.code is ReasonCode.WORKER_DIED and number not in again:
-                        again.add(number)  # perhaps it was killed while idle, for its memory: one more try
+                    if fault.code is ReasonCode.WORKER_DIED and again[number] < self.size:
+                        again[number] += 1  # perhaps all were killed while idle, for their memory: another try
                         waiting.appendleft(number)
                     else:
                         faults[number] = fault

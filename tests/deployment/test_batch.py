@@ -609,3 +609,55 @@ def test_a_scribe_that_is_killed_is_replaced(export, tmp_path):
     assert run(export, tmp_path / "out", stop=after(3, kill)).predicted == 5
     assert killed
     assert outputs(tmp_path / "out") == outputs(tmp_path / "before")
+
+
+def test_a_study_of_which_something_is_arriving_waits_as_a_whole(tmp_path):
+    """The thick series settled, the thin one has not: the result would be replaced within the hour."""
+    for path in series(0).write(tmp_path / "in" / "thick"):
+        os.utime(path, (1, 1))
+    series(0, slices=8).but(uid=2).write(tmp_path / "in" / "thin")
+    done = run(tmp_path / "in", tmp_path / "out", settled_s=3600)
+    assert done.predicted == 0
+    assert done.seen == done.quarantined == 12
+    assert "1 waiting" in (tmp_path / "out" / "summary.txt").read_text()
+    assert run(tmp_path / "in", tmp_path / "out").predicted == 1
+
+
+def test_an_error_of_the_disk_while_decoding_is_no_damage(export, tmp_path):
+    def vanish() -> None:
+        for path in (export / "00005").iterdir():
+            path.rename(tmp_path / path.name)
+            path.mkdir()  # opens, and cannot be read
+
+    done = run(export, tmp_path / "out", stop=after(1, vanish))
+    assert (done.predicted, done.failed) == (4, 1)
+    codes = {row["code"] for row in table(tmp_path / "out" / "quarantine.csv")}
+    assert codes <= {"PIXEL_TRUNCATED", "IO_ERROR", "INCOMPLETE"}
+    for path in list((export / "00005").iterdir()):
+        path.rmdir()
+        (tmp_path / path.name).rename(path)
+    assert finishes(export, tmp_path / "out", tmp_path / "whole")
+
+
+def test_an_output_in_the_folder_of_the_images_is_refused(export):
+    with pytest.raises(UsageError, match="lies in the folder of the images"):
+        run(export, export / "results")
+    assert not (export / "results").exists()
+
+
+def test_a_prediction_whose_report_could_not_be_made_is_made_again(export, tmp_path, monkeypatch):
+    def die(order):
+        raise ScanError(ReasonCode.WORKER_DIED, "the process that composes reports ended twice")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(scribe, "shared", die)
+        run(export, tmp_path / "out")
+    assert "5 predictions without" in (tmp_path / "out" / "summary.txt").read_text()
+    assert finishes(export, tmp_path / "out", tmp_path / "whole")
+
+
+def test_a_relative_folder_is_the_same(export, tmp_path, monkeypatch):
+    run(export, tmp_path / "whole")
+    monkeypatch.chdir(export.parent)
+    run(Path("export"), tmp_path / "out")
+    assert outputs(tmp_path / "out") == outputs(tmp_path / "whole")

@@ -7,7 +7,7 @@ from pydicom import dcmread
 
 from medvit.cli import predict
 from medvit.deployment import BatchOptions, Wanted, predict_folder, receive, send_results
-from medvit.io import PacsError, Retry, open_pacs
+from medvit.io import Pacs, PacsError, Retry, open_pacs
 from medvit.models.bundle import save_bundle
 from tests.deployment.batches import NOON, make_model, outputs, series
 
@@ -79,6 +79,7 @@ def test_what_is_fetched_is_chosen_by_query_study_and_limit(orthanc, tmp_path):
     pacs = open_pacs(orthanc.dicomweb)
     assert receive(pacs, {"PatientID": "P1"}, tmp_path / "a", Wanted()).fetched == 1
     assert receive(pacs, {}, tmp_path / "b", Wanted(studies=frozenset(studies[:2]))).fetched == 2
+    assert receive(pacs, {"PatientID": "nobody"}, tmp_path / "d", Wanted()).fetched == 0
     assert receive(pacs, {}, tmp_path / "c", Wanted(limit=1)).fetched == 1
     again = receive(pacs, {}, tmp_path / "c", Wanted(limit=1))
     assert (again.fetched, again.known) == (1, 1)
@@ -113,3 +114,23 @@ def test_wrong_places_are_told_before_any_work(arguments, says, tmp_path, capsys
     assert predict.main([*arguments, "--model", str(tmp_path), "--output", str(tmp_path / "out")]) == 2
     assert says in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_study_that_cannot_be_had_costs_itself(orthanc, tmp_path, monkeypatch):
+    studies = fill(orthanc, tmp_path / "in")
+    pacs = open_pacs(orthanc.dicomweb, retry=QUICK)
+    real = Pacs.fetch
+
+    def fetch(self, study_uid, folder, **named):
+        if study_uid == studies[0]:
+            raise PacsError("the PACS lost it")
+        return real(self, study_uid, folder, **named)
+
+    monkeypatch.setattr(Pacs, "fetch", fetch)
+    got = receive(pacs, {}, tmp_path / "out", Wanted())
+    assert (got.fetched, got.failed, got.why) == (2, 1, "the PACS lost it")
+
+
+def test_a_pacs_that_has_nothing_is_no_fault(orthanc, bundle, tmp_path):
+    command = ["--from", orthanc.dicomweb, "--model", str(bundle), "--output", str(tmp_path / "out")]
+    assert predict.main([*command, "--send-to", orthanc.dicomweb]) == 0
