@@ -160,7 +160,7 @@ def bound(scratch: Path, *, quick: bool) -> list[Goal]:
     model = make_model(VIT_S, 224)
     options = BatchOptions()
     listed = list_studies(io.scan_folder(scratch / "in"), options.wanted, options.study).listed
-    prepared = [prepare(one.case, model, assume_hu=False) for one in listed]
+    prepared = [prepare(one, model) for one in listed]
     contenders: dict[str, Callable[[], object]] = {
         "the model alone": lambda: [judge(one, model, draw=False) for one in prepared],
         "the model, and what it looked at": lambda: [judge(one, model, draw=True) for one in prepared],
