@@ -7,6 +7,13 @@ from pathlib import Path
 import pytest
 from orthanc import Orthanc, running
 
+LONG = ("notebooks/", "killed_batches", "test_kills", "test_cluster", "test_pacs", "test_processes", "test_fairness")
+"""Files that take long begin first: the last one to run would keep one of two processes waiting for it."""
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: not any(name in item.nodeid for name in LONG))
+
 
 @pytest.fixture(autouse=True, scope="session")
 def site_key():

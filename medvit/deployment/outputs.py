@@ -10,7 +10,7 @@ import csv
 import io
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import pandas as pd
 from medvit.deployment.ledger import Ledger, Result, State
 from medvit.evaluation.plain import without_nan
 from medvit.evaluation.predictions import safe_cell, table_bytes, write_predictions
-from medvit.io.disk import write_whole
+from medvit.io.disk import write_pieces, write_whole
 from medvit.records import REASONS, Outcome, Prediction, ReasonCode
 
 PREDICTIONS, QUARANTINE, RESULTS, SUMMARY = "predictions.csv", "quarantine.csv", "results.json", "summary.txt"
@@ -39,12 +39,20 @@ def export(ledger: Ledger, folder: Path, classes: Sequence[str]) -> str:
     """Write all of them; returns the text of the summary."""
     _write_predictions(ledger, folder / PREDICTIONS, classes)
     _write_quarantine(ledger, folder / QUARANTINE)
-    documents = without_nan([_document(result) for result in ledger.results()])
-    listed = json.dumps(documents, indent=1, ensure_ascii=False, allow_nan=False)
-    write_whole(folder / RESULTS, f"{listed}\n".encode())
+    write_pieces(folder / RESULTS, _listed_as_json(ledger))
     text = summary(ledger)
     write_whole(folder / SUMMARY, text.encode())
     return text
+
+
+def _listed_as_json(ledger: Ledger) -> Iterator[bytes]:
+    """A list of one object per study, which need not be in memory together."""
+    before = "[\n"
+    for result in ledger.results():
+        text = json.dumps(without_nan(_document(result)), indent=1, ensure_ascii=False, allow_nan=False)
+        yield f"{before}{text}".encode()
+        before = ",\n"
+    yield b"\n]\n" if before == ",\n" else b"[]\n"
 
 
 def _write_predictions(ledger: Ledger, path: Path, classes: Sequence[str]) -> None:

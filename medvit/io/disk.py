@@ -9,7 +9,7 @@ import contextlib
 import errno
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from io import FileIO
 from pathlib import Path
 
@@ -33,18 +33,35 @@ def write_whole(path: Path, content: bytes, keep_as: Path | None = None) -> None
     Raises:
         DiskFullError: no room; what was there is as it was.
     """
+    with _explained(path, len(content)), _renewed(path, keep_as) as stream:
+        _write_all(stream, content)
+
+
+def write_pieces(path: Path, pieces: Iterable[bytes]) -> None:
+    """`write_whole` of what need not be in memory at once.
+
+    Raises:
+        DiskFullError: no room; what was there is as it was.
+    """
+    with _explained(path, None), _renewed(path, None) as stream:
+        for piece in pieces:
+            _write_all(stream, piece)
+
+
+@contextlib.contextmanager
+def _renewed(path: Path, keep_as: Path | None) -> Iterator[FileIO]:
+    """What is to be the file's new content, and becomes it at the end."""
     part = path.with_name(path.name + ".part")
-    with _explained(path, len(content)):
-        try:
-            with part.open("wb", buffering=0) as stream:  # unbuffered: nothing is left to be written on closing
-                _write_all(stream, content)
-                os.fsync(stream.fileno())
-            if keep_as is not None and path.exists():
-                path.replace(keep_as)
-            part.replace(path)
-            sync_folder(path.parent)
-        finally:
-            part.unlink(missing_ok=True)
+    try:
+        with part.open("wb", buffering=0) as stream:  # unbuffered: nothing is left to be written on closing
+            yield stream
+            os.fsync(stream.fileno())
+        if keep_as is not None and path.exists():
+            path.replace(keep_as)
+        part.replace(path)
+        sync_folder(path.parent)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def append(path: Path, content: bytes) -> None:
@@ -58,12 +75,12 @@ def append(path: Path, content: bytes) -> None:
 
 
 @contextlib.contextmanager
-def _explained(path: Path, needed: int) -> Iterator[None]:
+def _explained(path: Path, needed: int | None) -> Iterator[None]:
     """Turn what the system says of a failed write into what a person can act on.
 
     Args:
         path: what is written.
-        needed: its size, bytes.
+        needed: its size, bytes; None: nobody knows.
     """
     try:
         yield
@@ -71,7 +88,7 @@ def _explained(path: Path, needed: int) -> Iterator[None]:
         if error.errno not in FULL:
             raise
         raise DiskFullError(
-            f"the disk is full: {path.name} needs {_megabytes(needed)} and its disk has "
+            f"the disk is full: {path.name} needs {'more' if needed is None else _megabytes(needed)} and its disk has "
             f"{_megabytes(_free(path.parent))} free, or a quota or a limit on file sizes is reached. What was there "
             "before is whole: make room and run the command again (medvit-train with --resume)."
         ) from None

@@ -39,7 +39,7 @@ def check(found: dict[str, Any], kills: int, boundaries: int) -> None:
 
 
 def test_killed_five_times_and_in_the_middle_of_some_writes(tmp_path):
-    check(report(tmp_path, series=40, kills=5, boundaries=5), kills=5, boundaries=5)
+    check(report(tmp_path, series=24, kills=5, boundaries=3), kills=5, boundaries=3)
 
 
 @pytest.mark.slow

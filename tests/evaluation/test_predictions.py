@@ -121,7 +121,7 @@ def make_prediction(**changes):
 def test_written_predictions_are_read_back(tmp_path):
     path = tmp_path / "deep" / "predictions.csv"
     write_predictions([make_prediction(fold=0, site="Süd"), make_prediction(case_id="c2", age=63.0)], path)
-    header = path.read_text(encoding="utf-8").splitlines()[0]
+    header = path.read_text(encoding="utf-8-sig").splitlines()[0]
     assert header == "case_id,patient_id,label,p_0,p_1,predicted,site,sex,age,fold"
     frame = read_predictions(path)
     assert list(frame["site"]) == ["Süd", ""]
