@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from itertools import takewhile
 from pathlib import Path
 
@@ -119,7 +119,7 @@ def predict_folder(
     with (
         occupied(output),
         Ledger(output / LEDGER, *identity) as ledger,
-        Audit(output / AUDIT, site_key(), lambda: datetime.now(UTC)) as audit,
+        Audit(output / AUDIT, site_key()) as audit,
     ):
         _require_whole(audit, ledger)
         start("listing files", 0)
@@ -202,7 +202,7 @@ def _queue(studies: Studies, options: BatchOptions, ledger: Ledger, output: Path
     asked = {one.study for one in waiting}
     changed = [one.study for one in studies.listed if one.study not in asked and _changed(one, ledger)]
     ledger.outdate(changed)
-    sweep(output, ledger.results())
+    sweep(output, ledger.written())
     begun(output, len(due), now)
     return due
 
@@ -264,10 +264,7 @@ def _end(
 ) -> str:
     """Account for all files, and export; the text of the summary."""
     entries = account_files(inventory, studies, ledger.failed(), options.wanted)
-    ledger.put_account(
-        account_series(studies, options),
-        named(entries, options),
-    )
+    ledger.put_account(account_series(studies, options), named(entries, options))
     with written(output):
         return export(ledger, output, model.info.classes)
 

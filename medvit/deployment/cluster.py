@@ -24,8 +24,8 @@ PER_WORKER = 2
 class Worker:
     """What runs on the cluster: a model, and one study after the other."""
 
-    def __init__(self, model: Model, options: BatchOptions) -> None:
-        self.model, self.options = model, options
+    def __init__(self, shared: tuple[Model, BatchOptions]) -> None:
+        self.model, self.options = shared  # which Ray hands over once for each machine
 
     def answer(self, one: Listed) -> Answer:
         """Read and judge a study; whatever goes wrong is an answer."""
@@ -45,7 +45,7 @@ def ray_answers(due: Iterator[Listed], model: Model, options: BatchOptions) -> I
     """
     ray = _connected()
     shared = ray.put((model, options))
-    actor = ray.remote(num_cpus=1, max_restarts=-1, max_task_retries=1)(_Remote)
+    actor = ray.remote(num_cpus=1, max_restarts=-1, max_task_retries=1)(Worker)
     workers = [actor.remote(shared) for _ in range(max(1, int(ray.cluster_resources().get("CPU", 1))))]
     places = [worker for _ in range(PER_WORKER) for worker in workers]
     # places first: once they are gone, no study more is taken from the list
@@ -56,13 +56,6 @@ def ray_answers(due: Iterator[Listed], model: Model, options: BatchOptions) -> I
         for following in islice(due, 1):
             pending[worker.answer.remote(following)] = following, worker
         yield one, _answer(ray, one, done)
-
-
-class _Remote(Worker):
-    """Ray hands over what `put` was given, once for each machine."""
-
-    def __init__(self, shared: tuple[Model, BatchOptions]) -> None:
-        super().__init__(*shared)
 
 
 def _answer(ray: Any, one: Listed, done: Any) -> Answer:

@@ -157,9 +157,9 @@ class Delivery:
         self.audit.append("decided", **about, predicted=called, flags=flags, file=files)
 
 
-def sweep(folder: Path, results: Iterable[Result]) -> None:
+def sweep(folder: Path, named: Iterable[str]) -> None:
     """Remove what an interrupted run wrote and no row names."""
-    known = {name for one in results for name in (one.sr, one.sc)}
+    known = set(named)
     for kind in (REPORTS, PICTURES):
         for path in (folder / kind).glob("*"):
             if OURS.fullmatch(path.name) and f"{kind}/{path.name}" not in known and path.is_file():

@@ -235,11 +235,8 @@ class Ledger:
 
     def set_aside(self) -> Iterator[FileEntry]:
         """Files that could not be used, by path."""
-        bad = [str(outcome) for outcome in Outcome if outcome.bad]
         rows = self.connection.execute(
-            f"SELECT path, outcome, code, detail, series_uid FROM file WHERE outcome IN ({','.join('?' * len(bad))}) "
-            "ORDER BY path",
-            bad,
+            f"SELECT path, outcome, code, detail, series_uid FROM file WHERE {_SET_ASIDE} ORDER BY path"
         )
         for path, outcome, code, detail, series_uid in rows:
             yield FileEntry(path, Outcome(outcome), ReasonCode(code), detail, series_uid)
@@ -251,11 +248,13 @@ class Ledger:
 
     def reasons(self) -> dict[str, int]:
         """Files that could not be used, by reason code."""
-        bad = [str(outcome) for outcome in Outcome if outcome.bad]
-        marks = ",".join("?" * len(bad))
-        return dict(
-            self.connection.execute(f"SELECT code, count(*) FROM file WHERE outcome IN ({marks}) GROUP BY code", bad)
-        )
+        query = f"SELECT code, count(*) FROM file WHERE {_SET_ASIDE} GROUP BY code"
+        return dict(self.connection.execute(query))
+
+    def written(self) -> list[str]:
+        """Reports and pictures that there are, as paths in the output folder, by study."""
+        rows = self.connection.execute("SELECT sr, sc FROM result ORDER BY study")
+        return [name for row in rows for name in row if name]
 
     def put_audit(self, head: Head) -> None:
         """Remember the end of the audit: without it nobody would miss its last lines."""
@@ -274,8 +273,7 @@ class Ledger:
     def unsent(self, target: str) -> list[str]:
         """Results, as paths in the output folder, that a PACS has not got yet."""
         known = {name for (name,) in self.connection.execute("SELECT name FROM sent WHERE target = ?", (target,))}
-        made = [name for one in self.results() for name in (one.sr, one.sc) if name]
-        return [name for name in made if name not in known]
+        return [name for name in self.written() if name not in known]
 
     def put_sent(self, name: str, target: str, audit: Head) -> None:
         """Remember that a PACS has a result, and the end of the audit that says so."""
@@ -286,6 +284,7 @@ class Ledger:
 
 _COLUMNS = ", ".join(field.name for field in fields(Result))
 _MARKS = ", ".join("?" for _ in fields(Result))
+_SET_ASIDE = f"outcome IN ({', '.join(repr(str(outcome)) for outcome in Outcome if outcome.bad)})"
 
 
 def _result(row: tuple[Any, ...]) -> Result:

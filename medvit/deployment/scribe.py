@@ -10,15 +10,13 @@ import atexit
 import os
 import signal
 import socket
-import subprocess
-import sys
 import threading
 from contextlib import suppress
 from multiprocessing.connection import Connection
-from pathlib import Path
 
 from medvit.data.pseudonym import pseudonym
 from medvit.deployment.compose import Documents, Order, compose
+from medvit.io.sandbox import start_process
 from medvit.records import MedvitError, ReasonCode, ScanError
 
 
@@ -28,7 +26,8 @@ class Scribe:
     def __init__(self) -> None:
         ours, theirs = socket.socketpair()
         with theirs:
-            self.process = _start(theirs.fileno())
+            serve = f"from medvit.deployment.scribe import serve; serve({theirs.fileno()})"
+            self.process = start_process(serve, theirs.fileno())
         self.connection, self.orders = Connection(ours.detach()), 0
 
     def ask(self, order: Order) -> Documents | Exception:
@@ -49,19 +48,6 @@ class Scribe:
         self.connection.close()
         self.process.kill()
         self.process.wait()
-
-
-def _start(descriptor: int) -> subprocess.Popen[bytes]:
-    home, others = str(Path(__file__).parents[2]), [entry for entry in sys.path if entry]
-    program = f"import sys; sys.path[:0] = [{home!r}]; sys.path += {others!r}\n"
-    program += f"from medvit.deployment.scribe import serve; serve({descriptor})"
-    return subprocess.Popen(
-        [sys.executable, "-P", "-W", "ignore", "-c", program],  # -P: nothing in the working folder is a module
-        pass_fds=[descriptor],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,  # libraries tell values of patients
-    )
 
 
 def serve(descriptor: int) -> None:

@@ -77,12 +77,9 @@ def fill_plane(plane: npt.NDArray[np.float32], layout: Layout, frame: Frame) -> 
         raise ScanError(error.code, error.detail, (frame.path,)) from None
     except MemoryError:
         raise ScanError(ReasonCode.RESOURCE_LIMIT, "decoding needs too much memory", (frame.path,)) from None
-    except OSError as error:
-        if error.errno is None:  # a codec's, not the system's
-            detail = f"pixel data cannot be decoded ({type(error).__name__})"
-            raise ScanError(ReasonCode.PIXEL_TRUNCATED, detail, (frame.path,)) from None
-        raise ScanError(ReasonCode.IO_ERROR, os.strerror(error.errno), (frame.path,)) from None
     except BaseException as error:  # noqa: BLE001  codecs raise any type; Rust panics are no Exception
+        if isinstance(error, OSError) and error.errno is not None:  # the system's, not a codec's
+            raise ScanError(ReasonCode.IO_ERROR, os.strerror(error.errno), (frame.path,)) from None
         detail = f"pixel data cannot be decoded ({type(error).__name__})"
         raise ScanError(ReasonCode.PIXEL_TRUNCATED, detail, (frame.path,)) from None
     return _rescale(plane, stored, layout, frame)

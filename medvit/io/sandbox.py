@@ -96,7 +96,8 @@ class _Worker:
         self.channel, theirs = socket.socketpair()
         try:
             with theirs:
-                self.process = _start(theirs.fileno(), memory_bytes)
+                serve = f"from medvit.io.worker import serve; serve({theirs.fileno()}, {memory_bytes})"
+                self.process = start_process(serve, theirs.fileno())
         except BaseException:  # Ctrl-C, or no process left: its end of the socket tells a started one to go
             self.channel.close()
             raise
@@ -121,20 +122,19 @@ class _Worker:
         self.process.wait()
 
 
-def _start(descriptor: int, memory_bytes: int) -> subprocess.Popen[bytes]:
-    """A process that serves the socket of this descriptor."""
+def start_process(program: str, descriptor: int) -> subprocess.Popen[bytes]:
+    """A quiet Python process that runs a line of code and has this descriptor."""
     threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
     # our own package first, what the caller imports from last: a script's neighbours shadow no standard module
     home, others = str(Path(__file__).parents[2]), [entry for entry in sys.path if entry]
-    program = f"import sys; sys.path[:0] = [{home!r}]; sys.path += {others!r}\n"
-    program += f"from medvit.io.worker import serve; serve({descriptor}, {memory_bytes})"
+    paths = f"import sys; sys.path[:0] = [{home!r}]; sys.path += {others!r}\n"
     return subprocess.Popen(
-        [sys.executable, "-P", "-c", program],  # -P: nothing in the working folder is a module
+        [sys.executable, "-P", "-c", paths + program],  # -P: nothing in the working folder is a module
         env={**os.environ, **threads},
         pass_fds=[descriptor],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,  # codecs print; what matters comes back as an answer
-        stderr=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,  # and libraries tell values of patients
     )
 
 
