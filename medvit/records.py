@@ -246,7 +246,7 @@ def resolve_window(window: str | Window) -> Window:
     return float(level), float(width)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ScanHeader:
     """Where a scan comes from: identity and acquisition. Empty string or None means absent in the source.
 

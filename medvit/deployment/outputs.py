@@ -6,8 +6,6 @@ with a byte order mark, without which Excel shows Japanese as noise.
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -15,15 +13,15 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
 from medvit.deployment.ledger import Ledger, Result, State
 from medvit.evaluation.plain import without_nan
-from medvit.evaluation.predictions import safe_cell, table_bytes, write_predictions
+from medvit.evaluation.predictions_csv import predictions_csv, table_csv
 from medvit.io.disk import write_pieces, write_whole
 from medvit.records import REASONS, Outcome, Prediction, ReasonCode
 
 PREDICTIONS, QUARANTINE, RESULTS, SUMMARY = "predictions.csv", "quarantine.csv", "results.json", "summary.txt"
+
+QUARANTINE_COLUMNS = ("path", "series_uid", "code", "detail")
 
 OUTDATED = "OUTDATED"
 """Flag of a prediction of images that have changed since."""
@@ -37,8 +35,8 @@ def begun(folder: Path, studies: int, now: datetime) -> None:
 
 def export(ledger: Ledger, folder: Path, classes: Sequence[str]) -> str:
     """Write all of them; returns the text of the summary."""
-    _write_predictions(ledger, folder / PREDICTIONS, classes)
-    _write_quarantine(ledger, folder / QUARANTINE)
+    write_pieces(folder / PREDICTIONS, _predictions(ledger, classes))
+    write_pieces(folder / QUARANTINE, _quarantine(ledger))
     write_pieces(folder / RESULTS, _listed_as_json(ledger))
     text = summary(ledger)
     write_whole(folder / SUMMARY, text.encode())
@@ -55,11 +53,10 @@ def _listed_as_json(ledger: Ledger) -> Iterator[bytes]:
     yield b"\n]\n" if before == ",\n" else b"[]\n"
 
 
-def _write_predictions(ledger: Ledger, path: Path, classes: Sequence[str]) -> None:
+def _predictions(ledger: Ledger, classes: Sequence[str]) -> Iterator[bytes]:
     """Without a prediction, the header alone."""
-    rows = [shown_row(result) for result in ledger.results() if result.row]
     nobody = Prediction(case_id="", patient_id="", probabilities=dict.fromkeys(classes, 1 / len(classes)))
-    write_predictions(pd.DataFrame(rows, columns=None if rows else list(nobody.to_row())), path)
+    return predictions_csv(lambda: (shown_row(result) for result in ledger.results() if result.row), nobody.to_row())
 
 
 def shown_row(result: Result) -> dict[str, Any]:
@@ -68,13 +65,8 @@ def shown_row(result: Result) -> dict[str, Any]:
     return result.row | {"flags": flags}
 
 
-def _write_quarantine(ledger: Ledger, path: Path) -> None:
-    text = io.StringIO()
-    writer = csv.writer(text)
-    writer.writerow(("path", "series_uid", "code", "detail"))
-    for entry in ledger.set_aside():
-        writer.writerow(map(safe_cell, (entry.path, entry.series_uid, entry.code, entry.detail)))
-    write_whole(path, table_bytes(text.getvalue()))
+def _quarantine(ledger: Ledger) -> Iterator[bytes]:
+    return table_csv(QUARANTINE_COLUMNS, lambda: ((e.path, e.series_uid, e.code, e.detail) for e in ledger.set_aside()))
 
 
 def _document(result: Result) -> dict[str, Any]:

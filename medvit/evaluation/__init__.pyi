@@ -14,7 +14,7 @@ from .metrics import macro_auroc as macro_auroc
 from .metrics import operating_point as operating_point
 from .model_card import write_model_card as write_model_card
 from .predictions import read_predictions as read_predictions
-from .predictions import write_predictions as write_predictions
+from .predictions_csv import write_predictions as write_predictions
 from .ranking import Ranking as Ranking
 from .ranking import rank as rank
 from .report import Report as Report

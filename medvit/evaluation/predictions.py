@@ -1,4 +1,4 @@
-"""predictions.csv: read from anybody, checked; written for anybody.
+"""predictions.csv: read from anybody, checked.
 
 The contract is DESIGN section 4. Identifiers and class names are text ("0" and "1" stay text). Everything that was
 assumed or left out on the way is recorded in `frame.attrs["notes"]`, and the report prints it. Errors name data rows by
@@ -7,7 +7,6 @@ number, never by identifier.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,8 +14,7 @@ import numpy as np
 import pandas as pd
 
 from medvit.evaluation.metrics import Bools, Floats
-from medvit.io.disk import write_whole
-from medvit.records import Prediction, ReasonCode, UsageError
+from medvit.records import ReasonCode, UsageError
 
 IDENTIFIERS = ("case_id", "patient_id", "label", "predicted", "site", "sex", "age")
 OPTIONAL = ("fold", "threshold", "study_uid", "series_uid", "flags", "spread", "ood_score", "model_sha256")
@@ -98,7 +96,7 @@ def check_predictions(frame: pd.DataFrame, name: str = "predictions") -> pd.Data
     frame = frame.rename(columns=lambda column: str(column).strip())
     for column in frame.columns:
         if not column.startswith("p_") and column not in NUMBERS:
-            frame[column] = frame[column].map(_read_cell).astype(object)
+            frame[column] = frame[column].map(read_cell).astype(object)
     frame = _complement(frame)
     _require_columns(frame, name)
     labelled = frame["label"] != ""
@@ -126,35 +124,7 @@ def check_predictions(frame: pd.DataFrame, name: str = "predictions") -> pd.Data
     return frame
 
 
-def write_predictions(predictions: Sequence[Prediction] | pd.DataFrame, path: str | Path) -> None:
-    """Write predictions.csv: contract column order, `table_bytes`, all or nothing; optional columns only where known.
-
-    Text that a spreadsheet would run as a formula gets a leading quote, which `read_predictions` takes off again.
-    """
-    if isinstance(predictions, pd.DataFrame):
-        frame = predictions.copy()
-    else:
-        frame = pd.DataFrame([prediction.to_row() for prediction in predictions])
-    for column in OPTIONAL:
-        if column in frame and frame[column].map(_read_cell).eq("").all():
-            frame = frame.drop(columns=column)
-    probabilities = [column for column in frame.columns if str(column).startswith("p_")]
-    known = ["case_id", "patient_id", "label", *probabilities, "predicted", "site", "sex", "age", *OPTIONAL]
-    order = [c for c in known if c in frame] + [c for c in frame.columns if c not in known]
-    if "fold" in frame:
-        frame["fold"] = frame["fold"].map(lambda fold: _read_cell(fold).removesuffix(".0"))
-    frame = frame[order].map(safe_cell).rename(columns=safe_cell)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, table_bytes(frame.to_csv(index=False, lineterminator="\n")))
-
-
-def table_bytes(text: str) -> bytes:
-    """A CSV as UTF-8, with a byte order mark where it goes beyond ASCII: Excel takes it for its own code page else."""
-    return text.encode("utf-8" if text.isascii() else "utf-8-sig")
-
-
-def _read_cell(value: object) -> str:
+def read_cell(value: object) -> str:
     """Text of a cell, "" where missing; without the quote that keeps spreadsheets from running it."""
     if value is None or value is pd.NA or value != value:  # noqa: PLR0124 - NaN is not itself
         return ""
@@ -165,16 +135,11 @@ def _read_cell(value: object) -> str:
     return "" if text in ("nan", "NaN") else text
 
 
-def safe_cell(value: object) -> object:
-    """A cell that no spreadsheet runs."""
-    return f"'{value}" if isinstance(value, str) and value.startswith(FORMULA_STARTS) else value
-
-
 def _refused(frame: pd.DataFrame) -> pd.Series:
     """Rows without a score because the model refused them."""
     if "flags" not in frame:
         return pd.Series(False, index=frame.index)
-    empty = (frame[[f"p_{c}" for c in class_names(frame)]].map(_read_cell) == "").all(axis=1)
+    empty = (frame[[f"p_{c}" for c in class_names(frame)]].map(read_cell) == "").all(axis=1)
     return empty & np.array([REFUSED in str(flags).split() for flags in frame["flags"]], dtype=bool)
 
 

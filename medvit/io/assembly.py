@@ -17,7 +17,7 @@ import numpy as np
 from medvit.io import dicom, faults, grouping, headers
 from medvit.io.headers import SharedHeader, SliceHeader
 from medvit.io.inventory import FileEntry, Series, stamp_of
-from medvit.records import Outcome, ReasonCode, ScanError
+from medvit.records import Outcome, ReasonCode, ScanError, ScanHeader
 
 SeriesKey = tuple[str, str]
 """(StudyInstanceUID, SeriesInstanceUID)."""
@@ -33,7 +33,7 @@ Broken = tuple[SliceHeader, ScanError]
 
 def assemble(
     root: Path,
-    slices: Sequence[SliceHeader],
+    slices: list[SliceHeader],
     broken: Sequence[Broken],
     *,
     assume_hu: bool,
@@ -43,7 +43,7 @@ def assemble(
 
     Args:
         root: what the paths of slices are relative to.
-        slices: of all series, in any order.
+        slices: of all series, in any order; the list is emptied, so that they go while series and entries come.
         broken: further slices; without them their series would be short and not say so.
         assume_hu: take values without RescaleSlope and RescaleIntercept for HU, and flag them.
         changed_after_ns: a series with a file changed later than this is still arriving; 0: none is.
@@ -58,11 +58,13 @@ def assemble(
         for one in slices
         if copies and one.path in copies and one.frame == 0
     ]
+    slices.clear()
     series: list[Series] = []
-    for key, members in grouped.items():
+    for key in list(grouped):
+        members = grouped.pop(key)
         kept = [one for one in members if one.path not in copies] if copies else members
         fault = faulty.get(key)
-        if fault is None and changed_after_ns and any(one.stamp[1] > changed_after_ns for one in kept):
+        if fault is None and changed_after_ns and any(one.mtime_ns > changed_after_ns for one in kept):
             fault = ScanError(ReasonCode.INCOMPLETE, "a file was changed just now")
         found = _Group(root, kept, assume_hu=assume_hu).volumes(fault)
         series += found
@@ -182,7 +184,7 @@ class _Group:
             detail=error.detail,
             files=headers.names_of(members),
             part=part,
-            header=replace(first.scan, phase=phase),
+            header=_of_phase(first.scan, phase),
             shape=(len(members), first.rows, first.columns),
             assume_hu=self.assume_hu,
         )
@@ -210,13 +212,18 @@ class _Group:
             detail="" if number is None else part.phase,
             files=headers.names_of(sources),
             part=number or 0,
-            header=replace(part.slices[0].shared.scan, phase=part.phase),
+            header=_of_phase(part.slices[0].shared.scan, part.phase),
             shape=volume.shape,
             spacing_mm=(x_mm, y_mm, z_mm),
             axial=bool(abs(volume.affine[2, 2]) > 0.5 * z_mm),  # within 60 degrees of the body axis
             assume_hu=self.assume_hu,
-            stamp=stamp_of((one.path, *one.stamp) for one in sources),
+            stamp=stamp_of((one.path, one.size, one.mtime_ns) for one in sources),
         )
+
+
+def _of_phase(header: ScanHeader, phase: str) -> ScanHeader:
+    """The same object where the phase is: that of most series is empty."""
+    return header if header.phase == phase else replace(header, phase=phase)
 
 
 def _account(series: Sequence[Series], members: Sequence[SliceHeader]) -> list[FileEntry]:

@@ -182,7 +182,7 @@ def _frame(one: SliceHeader, plane: int, layouts: dict[Layout, int]) -> Frame:
     slope = 1.0 if one.slope is None else one.slope
     intercept = 0.0 if one.intercept is None else one.intercept
     number = layouts.setdefault(layout, len(layouts))
-    return Frame(one.path, one.frame, plane, one.stamp, *one.pixels, slope, intercept, number)
+    return Frame(one.path, one.frame, plane, (one.size, one.mtime_ns), *one.pixels, slope, intercept, number)
 
 
 def _check_assumed(tallies: Sequence[Tally]) -> None:

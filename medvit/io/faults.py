@@ -179,7 +179,7 @@ def ends_early(header: SliceHeader) -> str:
     (offset, length), shared = header.pixels, header.shared
     if header.damaged or length == -2:
         return "the file ends before its pixel data, or has none"
-    if shared.transfer_syntax != DEFLATED and length >= 0 and offset + length > header.stamp[0]:
+    if shared.transfer_syntax != DEFLATED and length >= 0 and offset + length > header.size:
         return "the file ends within its pixel data"
     return ""
 

@@ -191,16 +191,19 @@ class _Listing:
         self.entries.append(FileEntry(path, outcome, code, detail))
 
     def inventory(self) -> Inventory:
-        """The series and the account of files."""
+        """The series and the account of files; what was read for them goes while they come."""
+        self.reader.known.clear()
         if not self.entries and not self.slices and not self.volumes:
             raise UsageError(f"{self.root}: the folder is empty. Put the exported DICOM or NIfTI files in it.")
         of_volumes = [entry for volume in self.volumes for entry in _entries_of(volume)]
         series, entries = assembly.assemble(
             self.root, self.slices, self.broken, assume_hu=self.assume_hu, changed_after_ns=self.newest
         )
-        # detached pixels were also met as files of their own, as slices even
-        files = {entry.path: entry for entry in (*self.entries, *entries, *of_volumes)}
-        return Inventory(self.root, (*self.volumes, *series), tuple(sorted(files.values(), key=itemgetter(0))))
+        entries += self.entries
+        if of_volumes:  # detached pixels were also met as files of their own, as slices even
+            entries = list({entry.path: entry for entry in (*entries, *of_volumes)}.values())
+        entries.sort(key=itemgetter(0))
+        return Inventory(self.root, (*self.volumes, *series), tuple(entries))
 
 
 def _silent(path: str) -> None:

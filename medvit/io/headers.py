@@ -5,10 +5,12 @@ What slices of a series share is kept once: a folder of 100,000 files has to fit
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import hashlib
+import json
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 from medvit.io import text
 from medvit.io.elements import Elements, Values, read_elements
@@ -21,13 +23,19 @@ from medvit.records import ReasonCode, ScanError, ScanHeader
 EXECUTABLE = (b"MZ", b"\x7fELF", b"\xcf\xfa\xed\xfe")
 """How programs begin, which a preamble can hold (CVE-2019-11687)."""
 
+RECENT = 64
+"""Keys at hand: series may be mixed in a folder, but not all of them."""
+
 _OF_THE_SLICE = {"SOPInstanceUID", "ImagePositionPatient", "AcquisitionTime", "ContentTime", "RescaleSlope"}
 _OF_THE_SLICE |= {"RescaleIntercept", "AcquisitionNumber", "TemporalPositionIdentifier", "TriggerTime"}
 _SHARED = tuple(what for what in WANTED.values() if isinstance(what, str) and what not in _OF_THE_SLICE)
 
 
 class SharedKey(NamedTuple):
-    """Raw form of a `SharedHeader`: equal keys mean equal records, so that most files cost no conversion."""
+    """Raw form of a `SharedHeader`: equal keys mean equal records, so that most files cost no conversion.
+
+    The records of a folder stay in memory, their keys do not.
+    """
 
     values: tuple[bytes | None, ...]  # of _SHARED
     transfer_syntax: str
@@ -38,12 +46,28 @@ class SharedKey(NamedTuple):
     lut: bool
     rescale_tags: bool
 
+    def to_json(self) -> str:
+        """As text, in one way alone."""
+        values, *rest = self
+        return json.dumps([[None if raw is None else raw.decode("latin-1") for raw in values], *rest])
+
+    @classmethod
+    def from_json(cls, content: str) -> Self:
+        """The key of a text."""
+        raw, *rest = json.loads(content)
+        return cls(tuple(None if text is None else text.encode("latin-1") for text in raw), *rest)
+
+
+def digest_of(content: str) -> bytes:
+    """What names a shared header, in memory and in the index, by the text of its key."""
+    return hashlib.blake2b(content.encode(), digest_size=16).digest()
+
 
 @dataclass(frozen=True, slots=True)
 class SharedHeader:
     """What the slices of a series usually have in common; empty, None or a default where absent or unreadable."""
 
-    key: SharedKey
+    digest: bytes  # of its key
     series_uid: str
     study_uid: str
     frame_of_reference: str
@@ -86,7 +110,7 @@ class SliceHeader(NamedTuple):
     Attributes:
         pixels: (offset, length) of the pixel data in the file or its inflated data set; length -1 where encapsulated,
             -2 where there is none.
-        stamp: size and time of change of the file when it was looked at.
+        size, mtime_ns: of the file when it was looked at.
         damaged: the header ends before it should.
     """
 
@@ -100,7 +124,8 @@ class SliceHeader(NamedTuple):
     temporal: str
     times: str
     pixels: tuple[int, int]
-    stamp: tuple[int, int]
+    size: int
+    mtime_ns: int
     damaged: bool
     shared: SharedHeader
 
@@ -109,10 +134,16 @@ class HeaderReader:
     """Reads headers, keeping one copy of what slices share.
 
     Use one for a whole folder: a slice whose shared elements equal those of one seen before costs no conversion.
+
+    Attributes:
+        known: shared headers by their digest.
+        tell: called with digest and text of a key when a file shows a new one.
     """
 
     def __init__(self) -> None:
-        self._shared: dict[SharedKey, SharedHeader] = {}
+        self.known: dict[bytes, SharedHeader] = {}
+        self.tell: Callable[[bytes, str], None] = lambda _digest, _content: None
+        self._recent: dict[SharedKey, SharedHeader] = {}
         self._last: SliceHeader | None = None
 
     def read(self, path: str | Path, name: str) -> list[SliceHeader]:
@@ -163,17 +194,31 @@ class HeaderReader:
                 plain(values, "TemporalPositionIdentifier"),
                 " ".join(plain(values, name) for name in ("AcquisitionTime", "ContentTime", "TriggerTime")),
                 (offset, length if keyword in ("", "PixelData") else -2),
-                (elements.size, elements.mtime_ns),
+                elements.size,
+                elements.mtime_ns,
                 elements.ends_early,
-                self.shared(key),
+                self._shared(key),
             )
         )
 
-    def shared(self, key: SharedKey) -> SharedHeader:
+    def _shared(self, key: SharedKey) -> SharedHeader:
         """The record of a key, made when it is new."""
-        if (known := self._shared.get(key)) is None:
-            known = self._shared[key] = _shared_header(key)
-        return known
+        if (found := self._recent.get(key)) is not None:
+            return found
+        content = key.to_json()
+        digest = digest_of(content)
+        if (found := self.known.get(digest)) is None:
+            self.tell(digest, content)
+            found = self.adopt(digest, key)
+        if len(self._recent) >= RECENT:
+            self._recent.clear()
+        self._recent[key] = found
+        return found
+
+    def adopt(self, digest: bytes, key: SharedKey) -> SharedHeader:
+        """A shared header from its key, under its digest."""
+        found = self.known[digest] = _shared_header(digest, key)
+        return found
 
     def keep(self, header: SliceHeader) -> SliceHeader:
         """The same record, sharing values with the one before: neighbours differ in little."""
@@ -191,6 +236,7 @@ class HeaderReader:
             temporal=last.temporal if last.temporal == header.temporal else header.temporal,
             times=last.times if last.times == header.times else header.times,
             pixels=last.pixels if last.pixels == header.pixels else header.pixels,
+            size=last.size if last.size == header.size else header.size,
         )
         return self._last
 
@@ -207,7 +253,7 @@ _DEFAULTS = {
 _NEEDED = ("SamplesPerPixel", "Rows", "Columns", "BitsAllocated", "BitsStored", "PixelRepresentation")
 
 
-def _shared_header(key: SharedKey) -> SharedHeader:
+def _shared_header(digest: bytes, key: SharedKey) -> SharedHeader:
     little = key.little
     values = {name: raw for name, raw in zip(_SHARED, key.values, strict=True) if raw is not None}
     reader = text.TextReader(values.get("SpecificCharacterSet", b""))
@@ -216,7 +262,7 @@ def _shared_header(key: SharedKey) -> SharedHeader:
     signed = integers["PixelRepresentation"]
     bits = integers["BitsStored"]
     shared = SharedHeader(
-        key=key,
+        digest=digest,
         series_uid=scan.series_uid,
         study_uid=scan.study_uid,
         frame_of_reference=scan.frame_of_reference,

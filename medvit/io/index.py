@@ -8,7 +8,6 @@ and inode time are; anything else, a damaged index included, is read anew.
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import marshal
 import os
@@ -20,14 +19,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from medvit.io.headers import HeaderReader, SharedHeader, SharedKey, SliceHeader
+from medvit.io.headers import HeaderReader, SharedHeader, SharedKey, SliceHeader, digest_of
 from medvit.records import ReasonCode, ScanError
 
-FORMAT = 4
+FORMAT = 5
 """Raised when rows change meaning: an older index is thrown away."""
 
 _TABLES = """
-CREATE TABLE IF NOT EXISTS shared (number INTEGER PRIMARY KEY, content TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS shared (digest BLOB PRIMARY KEY, content TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS folders (folder TEXT, chunk INTEGER, digest BLOB, content BLOB, PRIMARY KEY (folder, chunk));
 """
 CHUNK = 1000
@@ -63,10 +62,8 @@ class Index:
 
     def __init__(self, path: Path, root: Path, reader: HeaderReader) -> None:
         self.path, self.root, self.reader = path, ascii(root.absolute()), reader  # need not be text
-        self._numbers: dict[int, int] = {}
-        self._shared: dict[int, SharedHeader] = {}
-        self._new: list[tuple[int, str]] = []
-        self._visited: set[str] = set()
+        self._new: list[tuple[bytes, str]] = []
+        reader.tell = lambda digest, content: self._new.append((digest, content))
         self._begun = time.time_ns()
         try:
             self._open()
@@ -77,6 +74,7 @@ class Index:
         except _DAMAGED:  # damaged, or no index: it holds nothing that the files do not
             path.unlink()
             self._open()
+        self._unvisited = self._folders()
 
     def _open(self) -> None:
         if str(self.path) != ":memory:":
@@ -96,15 +94,19 @@ class Index:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with suppress(*_DAMAGED):
-            for (folder,) in self._database.execute("SELECT DISTINCT folder FROM folders").fetchall():
-                if folder not in self._visited:  # gone with all that was in it
-                    self.keep(folder, [])
+        for folder in self._unvisited:  # gone with all that was in it
+            self.keep(folder, [])
         self._database.close()
+
+    def _folders(self) -> set[str]:
+        """Those of which something is known."""
+        with suppress(*_DAMAGED):
+            return {folder for (folder,) in self._database.execute("SELECT DISTINCT folder FROM folders")}
+        return set()
 
     def known(self, folder: str) -> Iterator[Known]:
         """Files of one folder that were there last time, in the order of their names; up to what is damaged."""
-        self._visited.add(folder)
+        self._unvisited.discard(folder)
         try:
             yield from self._files(folder)
         except (sqlite3.OperationalError, UnicodeError):  # another process writes; a name that is no text
@@ -113,7 +115,7 @@ class Index:
             _log.warning("a damaged part of the index of headers is not used")
 
     def _files(self, folder: str) -> Iterator[Known]:
-        prefix, shared = f"{folder}/" if folder else "", self._shared
+        prefix, shared = f"{folder}/" if folder else "", self.reader.known
         name, stamp, found = "", (0, 0, 0), list[SliceHeader]()
         for row in self._rows(folder):
             frame = row[2]
@@ -163,31 +165,11 @@ class Index:
         if isinstance(found, ScanError):
             return [] if found.code in _PASSING else [(name, stamp, -1, str(found.code), found.detail)]
         # the path and the shared header go another way
-        return [(name, stamp, one.frame, one[1:-1], self._number(one.shared)) for one in found]
+        return [(name, stamp, one.frame, one[1:-1], one.shared.digest) for one in found]
 
-    def _number(self, shared: SharedHeader) -> int:
-        """What names a shared header in the index: a hash of its content, so that two writers cannot disagree."""
-        number = self._numbers.get(id(shared))
-        if number is None:
-            values, *rest = shared.key
-            content = json.dumps([[None if raw is None else raw.decode("latin-1") for raw in values], *rest])
-            number = _number_of(content)
-            self._numbers[id(shared)] = number
-            self._shared[number] = shared  # alive, so that its id stays its own
-            self._new.append((number, content))
-        return number
-
-    def _load(self, number: int) -> SharedHeader:
-        """A shared header by its number; asked for when first met, for another process may have added it just now."""
-        rows = self._database.execute("SELECT content FROM shared WHERE number = ?", (number,)).fetchall()
-        if not rows or _number_of(content := str(rows[0][0])) != number:
+    def _load(self, digest: bytes) -> SharedHeader:
+        """A shared header by its digest; asked for when first met, for another process may have added it just now."""
+        rows = self._database.execute("SELECT content FROM shared WHERE digest = ?", (digest,)).fetchall()
+        if not rows or digest_of(content := str(rows[0][0])) != digest:
             raise sqlite3.DatabaseError("shared header")
-        raw, *rest = json.loads(content)
-        values = tuple(None if text is None else text.encode("latin-1") for text in raw)
-        found = self._shared[number] = self.reader.shared(SharedKey(values, *rest))
-        self._numbers[id(found)] = number
-        return found
-
-
-def _number_of(content: str) -> int:
-    return int.from_bytes(hashlib.sha256(content.encode()).digest()[:8], "little", signed=True)
+        return self.reader.adopt(digest, SharedKey.from_json(content))

@@ -27,7 +27,7 @@ class FileEntry(NamedTuple):
     study_uid: str = ""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Series:
     """One CT series (or volume file) of a folder. Its text, which ends in logs and metadata, holds no path.
 

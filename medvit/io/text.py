@@ -7,6 +7,7 @@ bytes, not from here.
 from __future__ import annotations
 
 import warnings
+from functools import lru_cache
 from typing import Any
 
 
@@ -29,11 +30,11 @@ class TextReader:
         if not isinstance(raw, bytes):
             return ""
         if raw.isascii() and b"\x1b" not in raw:
-            return raw.decode("ascii").strip(" \0")
+            return escaped(raw)
         decoded = self._decode(raw)
         if decoded is None:
             self.fault = True
-            decoded = raw.decode("ascii", "backslashreplace")
+            return escaped(raw)
         return decoded.strip(" \0")
 
     def _decode(self, raw: bytes) -> str | None:
@@ -49,6 +50,12 @@ class TextReader:
             except (UserWarning, UnicodeError, LookupError):
                 return None
         return None if "\ufffd" in decoded else decoded
+
+
+@lru_cache(maxsize=1024)
+def escaped(raw: bytes) -> str:
+    """ASCII, with other bytes as escapes; one object for what is met again, for a folder repeats itself."""
+    return raw.decode("ascii", "backslashreplace").strip(" \0")
 
 
 def sop_class_name(uid: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import numpy as np
 
@@ -92,13 +93,19 @@ def _as_stored(value: int | None, bits: int, container: int, *, signed: bool) ->
 def plain(values: Values, keyword: str) -> str:
     """Text that the standard restricts to ASCII; other bytes are shown as escapes."""
     raw = values.get(keyword)
-    return "" if not isinstance(raw, bytes) else raw.decode("ascii", "backslashreplace").strip(" \0")
+    return text.escaped(raw) if isinstance(raw, bytes) else ""
 
 
 def floats(values: Values, keyword: str, count: int) -> tuple[float, ...] | None:
     """So many finite numbers from text; None where absent or anything else."""
     raw = values.get(keyword)
-    if not raw or b"_" in raw:  # Python's digit separator is no part of a DS
+    return _floats(raw, count) if raw else None
+
+
+@lru_cache(maxsize=1024)
+def _floats(raw: bytes, count: int) -> tuple[float, ...] | None:
+    """One object for what is met again: neighbours agree in most numbers."""
+    if b"_" in raw:  # Python's digit separator is no part of a DS
         return None
     try:
         numbers = tuple(float(part.strip(b" \0")) for part in raw.split(b"\\"))

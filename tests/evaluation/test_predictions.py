@@ -7,8 +7,8 @@ from medvit.evaluation.predictions import (
     class_names,
     one_vs_rest,
     read_predictions,
-    write_predictions,
 )
+from medvit.evaluation.predictions_csv import write_predictions
 from medvit.records import Prediction, UsageError
 
 GOOD = "case_id,patient_id,label,p_0,p_1,site\nc1,x,0,0.9,0.1,A\nc2,x,1,0.2,0.8,B\nc3,y,1,0.6,0.4,B\n"

@@ -14,7 +14,8 @@ from medvit.evaluation.explained import Explanation, Faithfulness, Picture
 from medvit.evaluation.further import Further
 from medvit.evaluation.metrics import Interval
 from medvit.evaluation.overlays import draw_overlay
-from medvit.evaluation.predictions import check_predictions, read_predictions, write_predictions
+from medvit.evaluation.predictions import check_predictions, read_predictions
+from medvit.evaluation.predictions_csv import write_predictions
 from medvit.evaluation.report import write_report
 
 QUICK = EvaluationConfig(bootstrap=100)

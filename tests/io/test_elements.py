@@ -15,7 +15,7 @@ from pydicom.tag import Tag
 
 from medvit.io import elements, scan_folder
 from medvit.io.elements import read_elements
-from medvit.io.headers import HeaderReader
+from medvit.io.headers import RECENT, HeaderReader
 from medvit.records import ReasonCode, ScanError
 
 BUNDLED = sorted(p for p in (Path(pydicom.__file__).parent / "data" / "test_files").rglob("*") if p.is_file())
@@ -169,6 +169,21 @@ def test_a_hundred_slices_share_what_they_have_in_common(tmp_path):
     found = [one for path in paths for one in reader.read(path, str(path))]
     assert len({id(one.shared) for one in found}) == 1
     assert len({id(one.position[0]) for one in found}) == 1
+
+
+def test_mixed_series_share_what_each_has_in_common(tmp_path):
+    hu = np.zeros((2, 4, 4))
+    series = [
+        Ct(hu=hu, edit=lambda dataset, _, n=n: setattr(dataset, "SeriesInstanceUID", f"1.2.{n}")).write(
+            tmp_path / f"{n}"
+        )
+        for n in range(RECENT + 10)
+    ]
+    reader, told = HeaderReader(), []
+    reader.tell = lambda digest, _: told.append(digest)
+    found = [reader.read(paths[k], "x")[0].shared for k in range(2) for paths in series]
+    assert len({id(one) for one in found}) == len({one.series_uid for one in found}) == len(series)
+    assert told == [one.digest for one in found[: len(series)]]  # each once, for an index to keep
 
 
 def test_tag_order_of_the_walk_is_that_of_the_file(tmp_path):
