@@ -83,6 +83,23 @@ class ModelConfig(_Section):
     head: Literal["linear", "mlp"] = Field("linear", description="mlp: 512 hidden units with dropout 0.5 and 0.3")
     dropout: float = Field(0.0, ge=0, lt=1, description="before the linear head")
     drop_path: float = Field(0.0, ge=0, lt=1, description="stochastic depth of the backbone, linear in depth")
+    tuning: Literal["full", "linear", "lora", "synqt"] = Field(
+        "full",
+        description="what of the backbone learns: full: its own weights, as stages say; linear: nothing; lora: a "
+        "low-rank change of its attention; synqt: a small network beside it",
+    )
+    lora_rank: int = Field(8, gt=0, description="with tuning=lora")
+    prompts: int = Field(4, gt=0, description="with tuning=synqt: queries at each block, memory against accuracy")
+
+    @property
+    def learns(self) -> bool:
+        """Whether training can change anything of the backbone."""
+        return self.tuning != "linear"
+
+    @property
+    def trunk_learns(self) -> bool:
+        """Whether training changes the weights of the backbone that slices go through."""
+        return self.tuning in ("full", "lora")
 
 
 class ObjectiveConfig(_Section):

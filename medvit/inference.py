@@ -77,13 +77,26 @@ class Encoder:
 
     def encode(self, slices: Slices, view: View = AS_IT_IS) -> Floats:
         """int16 HU (S, size, size) -> features (S, D), as a view shows them."""
-        backbone = self.classifier.backbone
+        return self._through(self.classifier.backbone, slices, lambda some: self.values(some, view))
+
+    def trunk(self, slices: Slices) -> Floats:
+        """int16 HU (S, size, size) -> (S, ...) what a frozen backbone has to say, before anything that learns."""
+        return self._through(self.classifier.backbone.trunk, slices, self.values)
+
+    def finish(self, states: Floats) -> Floats:
+        """What `trunk` gave (S, ...) -> features (S, D)."""
+        return self._through(self.classifier.backbone.finish, states, torch.tensor)
+
+    def _through(
+        self, part: Callable[[Tensor], Tensor], slices: npt.NDArray[Any], look: Callable[[Any], Tensor]
+    ) -> Floats:
+        """A part of the backbone, in chunks."""
         device = next(self.classifier.parameters()).device
         chunks: list[Tensor] = []
         with torch.inference_mode(), self.judging():
             for start in range(0, len(slices), self.batch_slices):
-                values = self.values(slices[start : start + self.batch_slices], view)
-                chunks.append(backbone(values.to(device)).float().cpu())
+                values = look(slices[start : start + self.batch_slices])
+                chunks.append(part(values.to(device)).float().cpu())
         return torch.cat(chunks).numpy()
 
     def values(self, slices: npt.NDArray[Any], view: View = AS_IT_IS) -> Tensor:

@@ -128,21 +128,27 @@ class SliceCache:
 
 
 class FeatureCache:
-    """Features of a frozen backbone, one (Z, D) float32 array per case, keyed by slices and backbone."""
+    """What a frozen backbone makes of slices, one (Z, ...) float32 array per case, keyed by slices and backbone.
 
-    def __init__(self, slices: SliceCache, backbone_hash: str) -> None:
-        self.slices, self.backbone_hash = slices, backbone_hash
+    Args:
+        slices: what it is shown.
+        backbone_hash: of its weights, and of all else that features depend on.
+        shape: of what it makes of one slice; None is any length.
+    """
+
+    def __init__(self, slices: SliceCache, backbone_hash: str, shape: tuple[int | None, ...] = (None,)) -> None:
+        self.slices, self.backbone_hash, self.shape = slices, backbone_hash, shape
 
     def name(self, case: Case) -> str:
         """File name of the features of a case."""
         return hashlib.sha256(f"{self.slices.key(case)} {self.backbone_hash}".encode()).hexdigest() + ".features.npy"
 
     def find(self, case: Case) -> npt.NDArray[np.float32] | None:
-        """(Z, D) memory-mapped; None where not computed yet, or damaged."""
-        return self.slices.store.find(self.name(case), np.float32, (None, None))
+        """(Z, ...) memory-mapped; None where not computed yet, or damaged."""
+        return self.slices.store.find(self.name(case), np.float32, (None, *self.shape))
 
     def load(self, case: Case) -> npt.NDArray[np.float32]:
-        """(Z, D) memory-mapped.
+        """(Z, ...) memory-mapped.
 
         Raises:
             MedvitError: they are not there (any more).
@@ -152,7 +158,7 @@ class FeatureCache:
         return found
 
     def save(self, case: Case, features: npt.NDArray[np.float32]) -> None:
-        """Keep the features (Z, D) of a case.
+        """Keep the features (Z, ...) of a case.
 
         Raises:
             UsageError: the cache cannot be written, or is full.

@@ -27,21 +27,23 @@ class Backbone(nn.Module):
 
     Args:
         model: timm model without classifier.
-        features: `cls_mean`: prefix CLS token, where there is one, and the mean patch token side by side; `pooled`:
-            timm's own pooling. Models without tokens (ResNet, Swin) are always pooled.
+        config: `features` are taken of it: `cls_mean`: prefix CLS token, where there is one, and the mean patch token
+            side by side; `pooled`: timm's own pooling. Models without tokens (ResNet, Swin) are always pooled.
         size: rows and columns it is built for, px.
 
     Attributes:
         size: rows and columns of slices at present, px.
         width: D.
+        attends: whether features follow from what the model's blocks attend to, which can be watched then.
     """
 
-    def __init__(self, model: Any, features: Literal["cls_mean", "pooled"], size: int) -> None:
+    def __init__(self, model: Any, config: ModelConfig, size: int) -> None:
         super().__init__()
         self.model, self.size = model, size
         self.prefix_tokens = int(getattr(self.model, "num_prefix_tokens", 0))
         self.has_tokens = hasattr(model, "pos_embed") and hasattr(model, "blocks")
-        self.features = features if self.has_tokens else "pooled"
+        self.attends = self.has_tokens
+        self.features = config.features if self.has_tokens else "pooled"
         self.has_cls = getattr(model, "cls_token", None) is not None
         # a pooled head may widen (MobileNetV3), tokens never do
         pooled = getattr(model, "head_hidden_size", model.num_features)
@@ -74,6 +76,20 @@ class Backbone(nn.Module):
             return pooled
         mean = tokens[:, self.prefix_tokens :].mean(dim=1)
         return torch.cat([tokens[:, 0], mean], dim=1) if self.has_cls else mean
+
+    @property
+    def trunk_shape(self) -> tuple[int, ...]:
+        """Of what `trunk` gives for a slice."""
+        return (self.width,)
+
+    def trunk(self, slices: Tensor) -> Tensor:
+        """The part that is the same before and after training where the backbone is frozen, worth a cache."""
+        features: Tensor = self(slices)
+        return features
+
+    def finish(self, states: Tensor) -> Tensor:
+        """What `trunk` gave -> (B, D)."""
+        return states
 
     def set_trainable(self, trainable: Literal["head", "top", "all"], blocks: int) -> None:
         """Freeze nothing (`all`), everything (`head`), or all but the last `blocks` blocks and what follows (`top`).
@@ -160,13 +176,16 @@ class Backbone(nn.Module):
         return set(self.model.no_weight_decay()) if hasattr(self.model, "no_weight_decay") else set()
 
 
-def build_backbone(config: ModelConfig, *, size: int, channels: int) -> tuple[Backbone, WeightReport]:
+def build_backbone(
+    config: ModelConfig, *, size: int, channels: int, kind: type[Backbone] = Backbone
+) -> tuple[Backbone, WeightReport]:
     """Create the model at the given input size and load its weights.
 
     Args:
         config: which model and weights.
         size: rows and columns of a slice, px.
         channels: HU windows.
+        kind: what is made of the model.
 
     Raises:
         UsageError: unknown model, a size that is no multiple of the patch, or weights that are missing, damaged,
@@ -175,7 +194,7 @@ def build_backbone(config: ModelConfig, *, size: int, channels: int) -> tuple[Ba
     model = create_model(config, size, channels)
     _check_size(model, size)
     report = load_weights(model, config, channels)
-    backbone = Backbone(model, config.features, size)
+    backbone = kind(model, config, size)
     if not backbone.fused_attention():
         _log.warning("%s: its attention is not torch's fused one; it takes more time and memory", config.name)
     return backbone, report

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from medvit.config import ModelConfig
 from medvit.models.backbone import Backbone, build_backbone
 from medvit.models.pooling import POOLINGS
+from medvit.models.tuning import TUNINGS
 from medvit.models.weights import WeightReport
 from medvit.records import UsageError
 
@@ -41,16 +42,22 @@ class CtClassifier(nn.Module):
         self.head = HEADS[config.head](config, backbone.width, classes)
 
     def forward(self, values: Tensor, mask: Tensor) -> Output:
-        """Slices (B, S, C, H, W), or features already computed (B, S, D); mask (B, S)."""
+        """Slices (B, S, C, H, W), or what was computed of them: (B, S, D) features, or what `Backbone.trunk` gave.
+
+        Args:
+            values: of the slices.
+            mask: (B, S), true where there is a slice.
+        """
         features = values if values.ndim == 3 else self._encode(values, mask)
         pooled, weights = self.pooling(self.norm(features), mask)
         return Output(self.head(pooled), weights, pooled)
 
-    def _encode(self, slices: Tensor, mask: Tensor) -> Tensor:
-        """Only real slices go through the backbone: (B, S, C, H, W) -> (B, S, D), zeros where padded."""
+    def _encode(self, values: Tensor, mask: Tensor) -> Tensor:
+        """Only real slices go through the backbone: (B, S, ...) -> (B, S, D), zeros where padded."""
+        encode = self.backbone if values.ndim == 5 else self.backbone.finish
         learns = any(parameter.requires_grad for parameter in self.backbone.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and learns):
-            encoded: Tensor = self.backbone(slices[mask])
+            encoded: Tensor = encode(values[mask])
         features = encoded.new_zeros((*mask.shape, encoded.shape[-1]))
         features[mask] = encoded
         return features
@@ -99,5 +106,5 @@ def build_classifier(
     Raises:
         UsageError: as `build_backbone`.
     """
-    backbone, report = build_backbone(config, size=size, channels=channels)
+    backbone, report = build_backbone(config, size=size, channels=channels, kind=TUNINGS[config.tuning])
     return CtClassifier(backbone, config, classes), report

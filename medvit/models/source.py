@@ -24,7 +24,7 @@ class SourceClassifier(Backbone):
     """
 
     def __init__(self, model: Any, size: int) -> None:
-        super().__init__(model, "pooled", size)
+        super().__init__(model, ModelConfig(features="pooled"), size)
         self.width = int(model.num_classes)
 
     def forward(self, slices: Tensor) -> Tensor:

@@ -52,7 +52,7 @@ def watchable(backbone: Backbone) -> bool:
 
 def _attention_modules(backbone: Backbone) -> list[Any]:
     """One per block, or none at all."""
-    if not backbone.has_tokens:
+    if not backbone.attends:
         return []
     found = [[module for module in block.modules() if _shows_weights(module)] for block in backbone.model.blocks]
     return [modules[0] for modules in found] if all(len(modules) == 1 for modules in found) else []

@@ -53,7 +53,7 @@ class Mixing(nn.Module):
         alone = torch.arange(len(label), device=label.device)
         if not self.training or not self.parameters_of:
             return Mixed(values, alone)
-        if values.ndim == 3 and cutmix in self.parameters_of:
+        if values.ndim < 5 and cutmix in self.parameters_of:
             raise UsageError(
                 "objective.cutmix pastes boxes of pictures, and this training sees features that a frozen backbone has "
                 "computed once. Set objective.cutmix=0 (objective.mixup works on features), or let a stage train the "

@@ -1,6 +1,6 @@
 """Cases as a model meets them: datasets to train on, predictions to judge, features to look into.
 
-Where the backbone is frozen and nothing random precedes it, its features are computed once per slice and cached.
+Where the backbone, or its trunk, is frozen and nothing random precedes it, it is computed once per slice and cached.
 Several processes share predictions between them, and each ends up with all.
 """
 
@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,6 +27,7 @@ from medvit.data.pipelines import Slices, training_transform
 from medvit.data.sampling import strata_of
 from medvit.data.splits import Indices
 from medvit.inference import Encoder, Model, StudyOutput
+from medvit.models.backbone import Backbone
 from medvit.objectives.objective import UNLABELLED
 from medvit.records import Case, Prediction
 from medvit.training import processes
@@ -57,6 +60,7 @@ class Material:
         domains: (N,) number of each case's site.
         strata: (N,) number of each case's cell of `data.balance`.
         frozen: the backbone never changes and always sees the same.
+        constant: the same is true of its trunk at least.
     """
 
     config: Config
@@ -74,19 +78,22 @@ class Material:
         self.domains = np.array([sites.index(case.site) for case in self.cases], np.int64)
         self.strata = strata_of(self.cases, self.config.data.balance)
         head_only = all(stage.trainable == "head" for stage in self.config.training.stages)
-        self.frozen = head_only and self.config.data.augment is None
+        same = self.config.data.augment is None
+        self.frozen = same and (head_only or not self.config.model.learns)
+        self.constant = same and (head_only or not self.config.model.trunk_learns)
 
     def dataset(self, encoder: Encoder, train: Indices, target: Indices) -> CaseDataset:
         """Training cases with their labels, and target cases without theirs."""
         prep, chosen = self.config.preprocessing, np.concatenate([train, target])
         _, domains = np.unique(self.domains[chosen], return_inverse=True)
         transform = partial(training_transform, prep, self.config.data.augment, encoder.mean, encoder.std)
+        features = self._features(encoder)
         return CaseDataset(
             [self.cases[index] for index in chosen],
-            self._features(encoder) if self.frozen else self.slices.load,
+            self.slices.load if features is None else features.load,
             np.concatenate([self.labels[train], np.full(len(target), UNLABELLED)]),
             slices=prep.train_slices,
-            transform=None if self.frozen else transform,
+            transform=transform if features is None else None,
             seed=self.config.training.seed,
             domains=domains,
             strata=self.strata[chosen] if self.config.data.sampling == "balanced" else None,
@@ -115,12 +122,12 @@ class Material:
 
     def _outputs(self, model: Model, chosen: Sequence[int]) -> list[tuple[Indices, StudyOutput]]:
         encoder = model.encoder
-        if not self.frozen or len(encoder.views) > 1:  # features are kept of one view only
+        features = self._features(encoder) if len(encoder.views) == 1 else None  # they are of one view
+        if features is None:
             return [encoder.study(self.slices.load(self.cases[index])) for index in chosen]
-        load = self._features(encoder)
-        features = [load(self.cases[index]) for index in chosen]
-        places = [encoder.choose(len(one)) for one in features]
-        outputs = encoder.studies([one[at] for one, at in zip(features, places, strict=True)])
+        states = [features.load(self.cases[index]) for index in chosen]
+        places = [encoder.choose(len(one)) for one in states]
+        outputs = encoder.studies([encoder.finish(one[at]) for one, at in zip(states, places, strict=True)])
         return list(zip(places, outputs, strict=True))
 
     def table(self, predictions: Sequence[Prediction]) -> tuple[Labels, Floats]:
@@ -130,17 +137,29 @@ class Material:
         rows = [[prediction.probabilities[name] for name in self.classes] for prediction in predictions]
         return labels, np.array(rows, np.float64).reshape(-1, len(self.classes))
 
-    def _features(self, encoder: Encoder) -> Callable[[Case], npt.NDArray[np.float32]]:
-        """Features of every slice of a case, from the cache, computed where missing."""
-        if self.features is None or encoder is not self.encoder:  # each fold may normalise by its own split
-            prep, name = self.config.preprocessing, self.config.model.name
-            settings = json.dumps([prep.model_dump(mode="json"), encoder.mean, encoder.std, name])
-            self.encoder = encoder
-            self.features = FeatureCache(self.slices, f"{settings} {_digest(encoder.classifier.backbone)}")
-            missing = [case for case in self.cases if self.features.find(case) is None]
-            self._encode(processes.mine(missing), encoder, self.features)
+    def _features(self, encoder: Encoder) -> FeatureCache | None:
+        """What the trunk makes of every slice, computed where missing; None where it changes, or there is no room."""
+        if self.constant and encoder is not self.encoder:  # each fold may normalise by its own split
+            prep, backbone = self.config.preprocessing, encoder.classifier.backbone
+            model = self.config.model.model_dump(include={"name", "features", "tuning"})
+            settings = json.dumps([prep.model_dump(mode="json"), encoder.mean, encoder.std, model])
+            cache = FeatureCache(self.slices, f"{settings} {_digest(backbone.model)}", backbone.trunk_shape)
+            missing = [case for case in self.cases if cache.find(case) is None]
+            self.encoder, self.features = encoder, cache if self._fits(missing, backbone) else None
+            if self.features is not None:
+                self._encode(processes.mine(missing), encoder, self.features)
             processes.wait()
-        return self.features.load  # a method, which loader processes can be sent
+        return self.features  # its method `load` can be sent to loader processes
+
+    def _fits(self, missing: Sequence[Case], backbone: Backbone) -> bool:
+        """Whether what is missing takes no more than half of the free disk; of a trunk's tokens it may well."""
+        needed = sum(len(self.slices.load(case)) for case in missing) * 4 * math.prod(backbone.trunk_shape)
+        fits: bool = processes.agreed(not needed or needed <= shutil.disk_usage(self.slices.folder).free / 2)
+        if not fits:
+            self.reporter.say(
+                f"what the frozen trunk makes of slices ({needed / 1e9:.1f} GB) is not cached: no room"
+            )
+        return fits
 
     def _encode(self, missing: Sequence[Case], encoder: Encoder, cache: FeatureCache) -> None:
         """Compute features, many small cases at once, and keep them in the cache."""
@@ -151,7 +170,7 @@ class Material:
             pending.append((case, self.slices.load(case)))
             if sum(len(slices) for _, slices in pending) < encoder.batch_slices and number < len(missing):
                 continue
-            encoded = encoder.encode(np.concatenate([slices for _, slices in pending]))
+            encoded = encoder.trunk(np.concatenate([slices for _, slices in pending]))
             ends = np.cumsum([len(slices) for _, slices in pending])[:-1]
             for (done, _), features in zip(pending, np.split(encoded, ends), strict=True):
                 cache.save(done, features)

@@ -67,7 +67,7 @@ def test_every_vit_is_watchable_whatever_its_prefix(name):
     model = timm.create_model(name, num_classes=0, img_size=56, depth=2) if "deit" in name else None
     model = model or timm.create_model(name, num_classes=0, img_size=56, patch_size=14, depth=2)
     size = model.patch_embed.img_size[0]
-    backbone = Backbone(model.eval(), "cls_mean", size)
+    backbone = Backbone(model.eval(), ModelConfig(), size)
     assert watchable(backbone)
     with torch.inference_mode(), watched_attention(backbone) as seen:
         backbone(torch.zeros(1, 3, size, size))

@@ -3,6 +3,7 @@ import pickle
 import statistics
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import nibabel as nib
@@ -379,3 +380,57 @@ def test_slices_at_once_are_as_many_as_asked_for(root, tmp_path):
     inference = InferenceConfig(batch_slices=3)
     experiment = replace(experiment, config=experiment.config.model_copy(update={"inference": inference}))
     assert experiment._model(FOLDS[0].train).encoder.batch_slices == 3
+
+
+def tuned(experiment: Experiment, tuning: str, **data: Any) -> Experiment:
+    config = experiment.config
+    model = config.model.model_copy(update={"tuning": tuning})
+    settings = config.data.model_copy(update=data)
+    return replace(experiment, config=config.model_copy(update={"model": model, "data": settings}))
+
+
+def files_of(folder: Path) -> int:
+    return len(list((folder / "cache").glob("*.features.npy")))
+
+
+@pytest.mark.parametrize(("tuning", "cached"), [("full", False), ("linear", True), ("lora", False), ("synqt", True)])
+def test_what_of_a_backbone_never_changes_is_computed_once(tuning, cached, root, tmp_path):
+    tuned(make(root, tmp_path), tuning).run_fold(FOLDS[0], 0)
+    assert files_of(tmp_path) == cached * COUNT
+
+
+@pytest.mark.parametrize("tuning", ["linear", "synqt"])
+def test_a_cached_trunk_trains_to_what_an_uncached_one_does(tuning, root, tmp_path, monkeypatch):
+    with_cache = tuned(make(root, tmp_path / "with"), tuning).run_fold(FOLDS[0], 0)
+    full = SimpleNamespace(disk_usage=lambda _: SimpleNamespace(free=1000))
+    monkeypatch.setattr("medvit.training.material.shutil", full)
+    said: list[str] = []
+    experiment = tuned(make(root, tmp_path / "without"), tuning)
+    experiment.material.reporter = replace(experiment.material.reporter, say=said.append)
+    without = experiment.run_fold(FOLDS[0], 0)
+    assert (files_of(tmp_path / "with"), files_of(tmp_path / "without")) == (COUNT, 0)
+    assert any("not cached: no room" in line for line in said)
+    for one, other in zip(with_cache.predictions, without.predictions, strict=True):
+        assert one.probabilities == pytest.approx(other.probabilities, abs=1e-5)
+
+
+def test_nothing_is_taken_from_a_cache_that_augmentation_would_change(root, tmp_path):
+    tuned(make(root, tmp_path), "synqt", augment=AugmentConfig()).run_fold(FOLDS[0], 0)
+    assert files_of(tmp_path) == 0
+
+
+def test_features_taken_otherwise_are_not_taken_for_each_other(root, tmp_path):
+    for features in ("cls_mean", "pooled"):
+        experiment = make(root, tmp_path, mode="frozen")
+        model = experiment.config.model.model_copy(update={"features": features})
+        replace(experiment, config=experiment.config.model_copy(update={"model": model})).run_fold(FOLDS[0], 0)
+    assert files_of(tmp_path) == 2 * COUNT
+
+
+def test_synqt_predicts_from_its_bundle_what_its_folds_did(root, tmp_path):
+    result = tuned(make(root, tmp_path), "synqt").run(FOLDS[:1])
+    model = load_bundle(tmp_path)
+    slices = SliceCache(tmp_path / "cache", model.preprocessing)
+    for judged in result.judged:
+        again = model.predict_slices(slices.load(judged.case), judged.case)
+        assert again.probabilities == pytest.approx(judged.prediction.probabilities, abs=1e-5)
