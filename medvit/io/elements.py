@@ -14,6 +14,7 @@ import stat
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from struct import Struct
 from typing import Any
@@ -200,6 +201,7 @@ def _read_meta(data: bytes, start: int, result: Elements, *, complete: bool) -> 
             result.meta_class = _uid(value)
 
 
+@lru_cache(maxsize=256)
 def _uid(value: bytes) -> str:
     return value.decode("ascii", "replace").strip(" \0")
 

@@ -121,7 +121,8 @@ class _Listing:
     def _visit(self, index: Index | None, folder: str) -> None:
         """Read the files of one folder, given relative to the root; its subfolders are next."""
         try:
-            with os.scandir(self.root / folder) as listing:
+            # as text: Path would intern every part, and the table of interned text only grows
+            with os.scandir(f"{self.root}/{folder}") as listing:
                 items = sorted(listing, key=lambda item: item.name)
         except OSError:
             self._set_aside(folder, ReasonCode.NOT_REGULAR, "a folder that cannot be opened")

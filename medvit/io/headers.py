@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple, Self
 
@@ -268,7 +269,7 @@ def _shared_header(digest: bytes, key: SharedKey) -> SharedHeader:
         frame_of_reference=scan.frame_of_reference,
         sop_class=plain(values, "SOPClassUID"),
         modality=scan.modality,
-        image_type=tuple(plain(values, "ImageType").split("\\")) if "ImageType" in values else (),
+        image_type=_parts(plain(values, "ImageType")),
         transfer_syntax=key.transfer_syntax,
         little=little,
         photometric=plain(values, "PhotometricInterpretation"),
@@ -299,6 +300,12 @@ def _shared_header(digest: bytes, key: SharedKey) -> SharedHeader:
         fault=None,
     )
     return replace(shared, fault=shared_fault(shared))
+
+
+@lru_cache(maxsize=256)
+def _parts(text: str) -> tuple[str, ...]:
+    """Values of a text, one object for what is met again."""
+    return tuple(text.split("\\")) if text else ()
 
 
 def names_of(headers: Iterable[SliceHeader]) -> tuple[str, ...]:

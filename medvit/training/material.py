@@ -156,9 +156,7 @@ class Material:
         needed = sum(len(self.slices.load(case)) for case in missing) * 4 * math.prod(backbone.trunk_shape)
         fits: bool = processes.agreed(not needed or needed <= shutil.disk_usage(self.slices.folder).free / 2)
         if not fits:
-            self.reporter.say(
-                f"what the frozen trunk makes of slices ({needed / 1e9:.1f} GB) is not cached: no room"
-            )
+            self.reporter.say(f"what the frozen trunk makes of slices ({needed / 1e9:.1f} GB) is not cached: no room")
         return fits
 
     def _encode(self, missing: Sequence[Case], encoder: Encoder, cache: FeatureCache) -> None:
