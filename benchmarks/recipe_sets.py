@@ -172,10 +172,10 @@ def prepare_at(size: int, cases: Sequence[Case], cache: Path, settings: Mapping[
     return slices
 
 
-def folded(found: Cases) -> Cases:
+def folded(found: Cases, folds: int = ROUNDS) -> Cases:
     """Patient-grouped folds; nothing is chosen on validation cases, so those are trained on as well."""
-    folds = data.make_folds(found.cases, DataConfig(folds=ROUNDS), seed=0)
-    rounds = tuple((np.sort(np.concatenate([fold.train, fold.val])), fold.test) for fold in folds)
+    parts = data.make_folds(found.cases, DataConfig(folds=folds), seed=0)
+    rounds = tuple((np.sort(np.concatenate([fold.train, fold.val])), fold.test) for fold in parts)
     return replace(found, rounds=rounds)
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import medvit
 from medvit import io
-from medvit.cli import train
+from medvit.cli import predict, train
 from tests.cli.conftest import TINY
 
 
@@ -78,6 +78,18 @@ def test_bundle_predicts_what_the_run_wrote(trained, site):
     series = next(one for one in io.scan_folder(site.folder).series if one.uid in written)
     (prediction,) = model.predict([io.read(series)])
     assert prediction.probabilities["1"] == pytest.approx(written[series.uid], abs=1e-5)
+
+
+@pytest.mark.parametrize("tuning", ["synqt", "lora"])
+def test_a_tuned_backbone_is_trained_judged_and_served_as_any_other(tuning, train_tiny, site, tmp_path):
+    stages = "[{name: head, trainable: head, epochs: 1}, {name: all, epochs: 1, size: 48}, {name: end, epochs: 1}]"
+    more = (f"model.tuning={tuning}", f"training.stages={stages}")
+    assert train_tiny(tmp_path / "run", *more) == 3
+    assert (tmp_path / "run" / "report" / "report.html").stat().st_size > 10_000
+    assert predict.main([str(site.folder), "--model", str(tmp_path / "run"), "--output", str(tmp_path / "out")]) == 3
+    served = {row["study_uid"]: float(row["p_1"]) for row in rows(tmp_path / "out" / "predictions.csv")}
+    assert len(served) == site.patients
+    assert len(list((tmp_path / "out" / "sc").iterdir())) == site.patients
 
 
 def test_folds_predict_every_case_out_of_fold(train_tiny, site, tmp_path):
