@@ -102,6 +102,44 @@ class ModelConfig(_Section):
         return self.tuning in ("full", "lora")
 
 
+class AccelerationStep(_Section):
+    """How little of a slice the backbone sees from some point of the training on."""
+
+    from_progress: float = Field(..., ge=0, lt=1, description="share of the training at which it begins")
+    keep: float = Field(1.0, gt=0, le=1, description="share of the patch tokens that are kept, others for each slice")
+    patch: int | None = Field(
+        None, gt=0, description="side of a patch, px, a divisor of the size of slices; null: the model's own"
+    )
+
+
+class AccelerationConfig(_Section):
+    """Fewer tokens early, all of them at the end. medvit-schedule measures which schedule suits a task."""
+
+    schedule: tuple[AccelerationStep, ...] = Field(
+        ..., min_length=2, description="from the beginning on, never fewer tokens than before, in the end all of them"
+    )
+    symmetric: bool = Field(
+        False, description="a teacher sees as little as its student; otherwise (asymmetric) it sees all"
+    )
+
+    @model_validator(mode="after")
+    def _begins_and_ends(self) -> AccelerationConfig:
+        begins = [step.from_progress for step in self.schedule]
+        last = self.schedule[-1]
+        if begins[0] != 0 or sorted(set(begins)) != begins:
+            raise ValueError(f"schedule: its steps begin at {begins}; the first begins at 0, each other one later")
+        if (last.keep, last.patch) != (1, None) or last.from_progress > LATEST_UNCOMPRESSED:
+            raise ValueError(
+                f"schedule: its last step must be uncompressed (keep 1, patch null) and begin at {LATEST_UNCOMPRESSED} "
+                "or before: a model that never learned from whole slices is worse at them"
+            )
+        return self
+
+
+LATEST_UNCOMPRESSED = 0.9
+"""Progress at which every training sees whole slices again: its last tenth at least."""
+
+
 class ObjectiveConfig(_Section):
     """What is minimised: cross-entropy on labelled cases, and with it what makes sites alike."""
 
@@ -127,6 +165,11 @@ class ObjectiveConfig(_Section):
     entropy: bool = Field(True, description="cdan: confident cases count more (CDAN+E)")
     kernel: Literal["rbf", "linear"] = Field("rbf", description="mmd: several bandwidths around the median, or linear")
     unbiased: bool = Field(False, description="mmd: the unbiased estimate, which can be below zero")
+    acceleration: AccelerationConfig | None = Field(
+        None,
+        description="fewer patch tokens early in the training, while the backbone learns; null: off. Compare the "
+        "recall of each class afterwards (medvit-evaluate --baseline): what is small may be lost",
+    )
 
     @property
     def adapts(self) -> bool:
@@ -323,6 +366,23 @@ class Config(_Section):
             raise ValueError(
                 "objective.unbiased compares cases within each side: training.batch_size must be 2 or more"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _patches_fit(self) -> Config:
+        if self.objective.acceleration is None:
+            return self
+        if all(stage.trainable == "head" for stage in self.training.stages):
+            raise ValueError(
+                "objective.acceleration saves what the backbone costs while it learns, and it is frozen in all stages: "
+                "leave it out, or train more than the head"
+            )
+        for size in {stage.size or self.preprocessing.size for stage in self.training.stages}:
+            for step in self.objective.acceleration.schedule:
+                if step.patch is not None and size % step.patch:
+                    raise ValueError(
+                        f"objective.acceleration: patches of {step.patch} px do not divide slices of {size} px"
+                    )
         return self
 
     @model_validator(mode="after")

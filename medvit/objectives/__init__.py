@@ -8,6 +8,7 @@ from functools import partial
 
 from medvit.config import ObjectiveConfig
 from medvit.models.classifier import CtClassifier
+from medvit.objectives.acceleration import Accelerated
 from medvit.objectives.adaptation import Adaptation, Cdan, Dann, Mmd
 from medvit.objectives.objective import Objective as Objective
 from medvit.objectives.objective import Task as Task
@@ -20,3 +21,13 @@ OBJECTIVES: dict[str, Callable[[CtClassifier, ObjectiveConfig, Task], Objective]
     "mmd": partial(Adaptation, Mmd),
 }
 """Name in the config -> (model, settings, task) -> objective."""
+
+
+def build_objective(classifier: CtClassifier, config: ObjectiveConfig, task: Task) -> Objective:
+    """The objective that the config names, accelerated where the config says so.
+
+    Raises:
+        UsageError: the task or the model does not allow it.
+    """
+    objective = OBJECTIVES[config.name](classifier, config, task)
+    return objective if config.acceleration is None else Accelerated(objective, config.acceleration)

@@ -31,7 +31,7 @@ from medvit.models.bundle import BundleInfo, TrainingRange, save_bundle
 from medvit.models.classifier import CtClassifier, build_classifier
 from medvit.models.reference import conformal_threshold, know, one_per_patient
 from medvit.models.weights import WeightReport
-from medvit.objectives import OBJECTIVES, Objective, Task
+from medvit.objectives import Objective, Task, build_objective
 from medvit.records import Case, Prediction, UsageError
 from medvit.training import adaptation, processes
 from medvit.training.journal import write_metrics
@@ -288,7 +288,7 @@ class Experiment:
         counts = np.bincount(self.material.labels[train], minlength=len(self.classes))
         domains = len({self.cases[index].site for index in (*train, *target)})
         task = Task(tuple(counts.tolist()), domains)
-        return OBJECTIVES[self.config.objective.name](classifier, self.config.objective, task)
+        return build_objective(classifier, self.config.objective, task)
 
     def _validate(self, model: Model, fold: Fold) -> Metrics:
         """How good the model is now: validation decides; the oracle, from target labels, is only written down."""

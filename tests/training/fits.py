@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from medvit.config import ModelConfig, ObjectiveConfig, Stage, TrainingConfig
 from medvit.data.dataset import CaseDataset, collate
 from medvit.models.classifier import build_classifier
-from medvit.objectives import OBJECTIVES, Objective, Task
+from medvit.objectives import Objective, Task, build_objective
 from medvit.records import Case
 from medvit.training.checkpoint import load
 
@@ -35,7 +35,7 @@ def make_objective(
     config = ModelConfig(name=model, weights="none", options=options, **noise)
     classifier, _ = build_classifier(config, size=32, channels=3, classes=len(counts))
     settings = {"class_weights": False, **settings}
-    return OBJECTIVES["supervised"](classifier, ObjectiveConfig(**settings), Task(counts))
+    return build_objective(classifier, ObjectiveConfig(**settings), Task(counts))
 
 
 class Channels:
