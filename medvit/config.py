@@ -116,7 +116,7 @@ class AccelerationConfig(_Section):
     """Fewer tokens early, all of them at the end. medvit-schedule measures which schedule suits a task."""
 
     schedule: tuple[AccelerationStep, ...] = Field(
-        ..., min_length=2, description="from the beginning on, never fewer tokens than before, in the end all of them"
+        ..., min_length=1, description="from the beginning on, never fewer tokens than before, in the end all of them"
     )
     symmetric: bool = Field(
         False, description="a teacher sees as little as its student; otherwise (asymmetric) it sees all"
