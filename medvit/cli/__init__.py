@@ -11,6 +11,7 @@ import sys
 COMMANDS = {
     "inspect": "list the CT series of a folder, and every file that is not used, with its reason",
     "rank": "rank pretrained weights before anything is trained",
+    "schedule": "find out how much of a slice may be left out early in a training",
     "train": "train a classifier on a folder and a table of labels",
     "evaluate": "write the report of a run, or of anybody's predictions",
     "predict": "run a trained model over an export folder",

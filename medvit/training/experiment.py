@@ -167,8 +167,16 @@ class Experiment:
         ]
         return FoldResult(raw, judged, history, model)
 
-    def fit_fold(self, fold: Fold, folder: Path, name: str) -> tuple[Model, History]:
+    def fit_fold(
+        self, fold: Fold, folder: Path, name: str, watch: Callable[[Objective, CaseDataset], None] | None = None
+    ) -> tuple[Model, History]:
         """Train on one fold without a look at its test cases.
+
+        Args:
+            fold: its training and validation cases are used.
+            folder: of the checkpoints.
+            name: shown with the progress.
+            watch: called with what is trained, before the first epoch and after each.
 
         Raises:
             UsageError: the objective adapts, and the fold has nothing to adapt to.
@@ -186,8 +194,15 @@ class Experiment:
             for line in stages_of(model.encoder.classifier, self.config.training.stages):
                 self.reporter.say(line)
         self._start(name, dataset, sum(stage.epochs for stage in self.config.training.stages))
-        run = self._run_settings(folder)
-        return model, fit(objective, dataset, self.config.training, lambda: self._validate(model, fold), run)
+        if watch is not None:
+            watch(objective, dataset)
+
+        def validate() -> Metrics:
+            if watch is not None:
+                watch(objective, dataset)
+            return self._validate(model, fold)
+
+        return model, fit(objective, dataset, self.config.training, validate, self._run_settings(folder))
 
     def refit(self, epochs: int) -> Model:
         """Train on all cases for a given number of epochs, without validation."""

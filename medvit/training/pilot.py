@@ -6,9 +6,13 @@ compared on the same batches (`medvit.training.gradient_error`), and each is tim
 
 from __future__ import annotations
 
+import csv
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from itertools import count
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,9 +20,16 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor
 
+from medvit.config import Config
+from medvit.data.dataset import CaseDataset, collate
+from medvit.data.splits import Fold
 from medvit.models.compression import NONE, Compression, check_compression, compressed
 from medvit.objectives import Objective
 from medvit.objectives.objective import Batch
+from medvit.records import UsageError
+from medvit.training.device import make_fabric
+from medvit.training.experiment import Experiment
+from medvit.training.feeding import Feeding
 from medvit.training.gradient_error import (
     Floats,
     GradientError,
@@ -27,6 +38,104 @@ from medvit.training.gradient_error import (
     squared_bias,
     total_variance,
 )
+
+POINTS = (0.0, 0.25, 0.5, 0.75, 1.0)
+"""Of the pilot, where errors are measured; each falls on the nearest end of an epoch."""
+
+FEWEST_STEPS = 4
+"""Below this, a squared bias is a throw of dice."""
+
+
+def run_pilot(experiment: Experiment, fold: Fold, *, epochs: int, steps: int) -> list[GradientError]:
+    """Train on one fold for a while, and measure on the way.
+
+    Args:
+        experiment: with the settings of the training; checkpoints go into `folder/pilot`.
+        fold: its training cases are used, and its validation cases for the rows of metrics.
+        epochs: of the pilot, about: the stages share them in proportion, none with less than one.
+        steps: optimizer steps to compare gradients of, at most; always the first ones of the first epoch.
+
+    Returns:
+        At each of the `POINTS` at which the backbone learns, a record of each of `default_compressions`.
+
+    Raises:
+        UsageError: the model cannot be compressed, the backbone learns at none of the points, or an epoch has fewer
+            than four whole steps.
+    """
+    config = pilot_config(experiment.config, epochs)
+    stages, found = config.training.stages, list[GradientError]()
+    total = sum(stage.epochs for stage in stages)
+    points = {round(point * total) for point in POINTS}
+    sizes = {stage.size or config.preprocessing.size for stage in stages}
+    fabric, done = make_fabric(config.training), count()
+
+    def watch(objective: Objective, dataset: CaseDataset) -> None:
+        epoch, classifier = next(done), objective.classifier
+        if epoch == 0:
+            classifier.set_trainable(stages[0].trainable, stages[0].blocks)
+        learns = any(parameter.requires_grad for parameter in classifier.backbone.parameters())
+        if epoch in points and learns:
+            experiment.reporter.say(f"comparing gradients after {epoch} of {total} epochs")
+            objective.to(fabric.device)
+            batches = _first_steps(dataset, config, steps)
+            compressions = default_compressions(sizes, classifier.backbone.patch)
+            found.extend(measure_errors(objective, batches, compressions, epoch / total, fabric))
+
+    replace(experiment, config=config).fit_fold(fold, experiment.folder / "pilot", "pilot", watch)
+    if not found:
+        raise UsageError(
+            "training.stages: the backbone is frozen wherever gradients were to be compared, and a frozen one is not "
+            "accelerated. Give a stage with trainable=all or top, or more epochs."
+        )
+    return found
+
+
+def pilot_config(config: Config, epochs: int) -> Config:
+    """Nothing accelerated, no early end, and stages that share so many epochs, about, in proportion."""
+    stages = config.training.stages
+    share = epochs / sum(stage.epochs for stage in stages)
+    scaled = tuple(stage.model_copy(update={"epochs": max(1, round(share * stage.epochs))}) for stage in stages)
+    training = config.training.model_copy(update={"stages": scaled, "patience": 0, "select": "last"})
+    objective = config.objective.model_copy(update={"acceleration": None})
+    return config.model_copy(update={"training": training, "objective": objective})
+
+
+def _first_steps(dataset: CaseDataset, config: Config, most: int) -> Iterator[list[dict[str, Tensor]]]:
+    """Batches of the first whole steps of the first epoch, whose cases are all different ones."""
+    dataset.epoch = 0  # the loop sets its own before each
+    groups = Feeding(dataset, config.training, rank=0, processes=1).groups(0)
+    size = sum(map(len, groups[0]))
+    whole = [group for group in groups if sum(map(len, group)) == size][:most]
+    if len(whole) < FEWEST_STEPS:
+        raise UsageError(
+            f"comparing gradients needs {FEWEST_STEPS} steps of different cases, and an epoch has {len(whole)} whole "
+            f"ones. Set training.batch_size (and accumulate) lower, or give more labelled cases."
+        )
+    return ([collate([dataset[index] for index in batch]) for batch in group] for group in whole)
+
+
+def default_compressions(sizes: Collection[int], own: int) -> list[Compression]:
+    """Token dropout, larger patches, and both.
+
+    Args:
+        sizes: of slices, px, that patches must divide.
+        own: side of the model's own patch, px.
+    """
+    patches = [patch for patch in range(own + 1, 3 * own + 1) if not any(size % patch for size in sizes)]
+    alone = [Compression(keep) for keep in (0.75, 0.5, 0.25)] + [Compression(patch=patch) for patch in patches]
+    return alone + [Compression(0.5, patch) for patch in patches]
+
+
+def write_errors(errors: Sequence[GradientError], path: Path) -> None:
+    """gradient_error.csv: a row for each compression at each point."""
+    columns = ("tokens_share", "bias2", "variance", "cost", "ca_mse", "cosine")
+    with path.open("w", encoding="utf-8", newline="") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(("progress", "keep", "patch", *columns, "steps"))
+        for error in errors:
+            figures = (f"{getattr(error, column):.6g}" for column in columns)
+            patch = error.compression.patch or ""
+            writer.writerow((f"{error.progress:g}", error.compression.keep, patch, *figures, error.steps))
 
 
 def measure_errors(

@@ -10,6 +10,7 @@ import torch
 from medvit.config import AccelerationConfig
 from medvit.models.compression import NONE, Compression
 from medvit.objectives.acceleration import check_relaxing
+from medvit.training.gradient_chart import PANELS, draw_errors
 from medvit.training.gradient_error import (
     GradientError,
     Projection,
@@ -166,3 +167,18 @@ def test_a_table_with_holes_is_refused():
         derive_schedule([*EARLY, *MIDDLE[:2]])
     with pytest.raises(ValueError, match="missing"):
         derive_schedule(EARLY[1:])
+
+
+def test_picture_shows_every_point_of_the_table_in_units_of_its_own_error(tmp_path):
+    with_patches = [
+        replace(error, compression=LARGE) if error.compression == QUARTER else error
+        for error in (*EARLY, *MIDDLE, *LATE)
+    ]
+    figure = draw_errors(with_patches)
+    assert [panel.get_title() for panel in figure.axes] == list(PANELS)
+    first = figure.axes[0]
+    drawn = {(round(x, 6), round(y, 6)) for line in first.lines for x, y in zip(*line.get_data(), strict=True)}
+    for error in with_patches:
+        assert (error.tokens_share, round(error.ca_mse / 10.0, 6)) in drawn
+    assert [panel.get_yscale() for panel in figure.axes] == ["symlog", "symlog", "linear"]  # a bias of nine times
+    figure.savefig(tmp_path / "errors.png")

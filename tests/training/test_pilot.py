@@ -7,14 +7,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from medvit.config import ModelConfig
+from medvit.config import Config, ModelConfig
 from medvit.models.classifier import build_classifier
 from medvit.models.compression import NONE, Compression, compressed
 from medvit.objectives import Objective
 from medvit.records import UsageError
 from medvit.training import pilot
 from medvit.training.device import make_fabric
-from medvit.training.pilot import measure_errors
+from medvit.training.pilot import default_compressions, measure_errors, pilot_config
 from tests.training.fits import make_objective, same, training, weights
 
 FEW = Compression(0.25)
@@ -160,3 +160,24 @@ def test_the_slowest_round_does_not_count(fabric, monkeypatch):
 def test_models_without_tokens_are_refused(fabric):
     with pytest.raises(UsageError, match="has no patch tokens"):
         measure_errors(make_objective(model="resnet18"), steps(2), [FEW], 0.0, fabric)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "own", "patches"), [({224}, 14, [16, 28, 32]), ({240}, 16, [20, 24, 30, 40, 48]), ({32, 48}, 8, [16])]
+)
+def test_patches_that_are_compared_divide_the_slices_of_every_stage(sizes, own, patches):
+    found = default_compressions(sizes, own)
+    assert sorted({one.patch for one in found if one.patch}) == patches
+    assert len(found) == len(set(found)) == 3 + 2 * len(patches)
+
+
+def test_a_pilot_has_the_stages_of_its_training_and_nothing_accelerated():
+    stages = [{"name": "head", "trainable": "head", "epochs": 5}, {"name": "all", "epochs": 20}]
+    acceleration = {"schedule": [{"from_progress": 0, "keep": 0.5}, {"from_progress": 0.9}]}
+    given = Config.model_validate(
+        {"objective": {"acceleration": acceleration}, "training": {"stages": stages, "patience": 2}}
+    )
+    config = pilot_config(given, 8)
+    assert [(stage.name, stage.epochs) for stage in config.training.stages] == [("head", 2), ("all", 6)]
+    assert (config.objective.acceleration, config.training.patience) == (None, 0)
+    assert [stage.epochs for stage in pilot_config(given, 50).training.stages] == [10, 40]
