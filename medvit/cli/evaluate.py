@@ -146,6 +146,7 @@ def show_report(report: evaluation.Report, further: evaluation.Further) -> None:
         lines.append(
             f"gain         AUROC {further.gain.auroc} over {further.gain.baseline}, {further.gain.cases} cases"
         )
+        lines += [f"  recall of {name}: {change}" for name, change in further.gain.recall.items()]
     if further.drift is not None:
         alike = "unlike" if further.drift.p < 1 - report.confidence else "not told from"
         lines.append(f"drift        as a whole {alike} what the model knows (p {further.drift.p:.2g})")

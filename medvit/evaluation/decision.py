@@ -7,14 +7,16 @@ assumed that the configuration does not say.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
+import numpy as np
 import pandas as pd
 
 from medvit.config import EvaluationConfig, PricesConfig
-from medvit.evaluation.bootstrap import PatientBootstrap, percentile_interval
+from medvit.evaluation.bootstrap import PatientBootstrap, exact_end, percentile_interval
 from medvit.evaluation.figures import mean_figures, patients_behind
-from medvit.evaluation.metrics import Interval
+from medvit.evaluation.metrics import Interval, weighted_rate
 from medvit.evaluation.predictions import class_names, one_vs_rest
 from medvit.records import UsageError
 
@@ -30,6 +32,7 @@ class Gain:
         cases: that both judged, of `patients`.
         auroc: of the model less that of the baseline; means over classes with more than two.
         sensitivity: likewise at the two operating points; `specificity` too.
+        recall: of each class by name, the share of its cases that are called so: what means over classes can hide.
     """
 
     baseline: str
@@ -38,6 +41,7 @@ class Gain:
     auroc: Interval
     sensitivity: Interval
     specificity: Interval
+    recall: Mapping[str, Interval] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +107,22 @@ def measure_gain(frame: pd.DataFrame, baseline: pd.DataFrame, name: str, setting
         figure: percentile_interval(float(points[i]), draws[:, i], settings.confidence, behind[figure])
         for i, figure in enumerate(COMPARED)
     }
-    return Gain(baseline=name, cases=len(shared), patients=patients, **intervals)
+    recall = {one: _recall_gained(own, other, one, bootstrap) for one in class_names(frame)}
+    return Gain(baseline=name, cases=len(shared), patients=patients, recall=recall, **intervals)
+
+
+def _recall_gained(own: pd.DataFrame, other: pd.DataFrame, name: str, bootstrap: PatientBootstrap) -> Interval:
+    """Share of the cases of a class that are called so, in the rows of one frame less in the same rows of another."""
+    among = own["label"].to_numpy(dtype=object) == name
+    called = [one["predicted"].to_numpy(dtype=object) == name for one in (own, other)]
+    points, draws = bootstrap.apply(
+        lambda weights: np.subtract(*(weighted_rate(hits, among, weights) for hits in called))
+    )
+    point, patients = float(points), bootstrap.count(among)
+    if abs(point) == 1:  # a class wholly lost, or wholly gained: every resample repeats it, and the exact end is known
+        far = point * (1 - 2 * exact_end(patients, bootstrap.confidence))
+        return Interval(point, min(point, far), max(point, far))
+    return percentile_interval(point, draws, bootstrap.confidence, patients)
 
 
 def cost_of_ownership(prices: PricesConfig, latency: Latency, labelled_cases: int, training_hours: float) -> Cost:

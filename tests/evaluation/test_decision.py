@@ -49,6 +49,27 @@ def test_a_method_gains_nothing_over_itself(cohort):
     assert gain.auroc.point == gain.sensitivity.point == gain.specificity.point == 0
 
 
+def test_recall_of_each_class_is_compared(cohort):
+    """Of two classes these are sensitivity and specificity; of more, means over classes would hide one that is lost."""
+    frame, other = check_predictions(cohort(300)), check_predictions(blurred(cohort(300), 0.6))
+    gain = measure_gain(frame, other, "readers", SETTINGS)
+    assert gain.recall == {"none": gain.specificity, "bleed": gain.sensitivity}
+    for name, change in gain.recall.items():
+        of_class = [one[one["label"] == name] for one in (frame, other)]
+        shares = [(one["predicted"] == name).mean() for one in of_class]
+        assert change.point == pytest.approx(shares[0] - shares[1])
+
+
+def test_a_class_that_is_wholly_lost_has_an_exact_end(cohort):
+    frame = cohort(40)
+    right = check_predictions(frame.assign(predicted=frame["label"]))
+    blind = check_predictions(frame.assign(predicted="none"))
+    lost = measure_gain(blind, right, "readers", SETTINGS).recall["bleed"]
+    ill = frame["patient_id"][frame["label"] == "bleed"].nunique()
+    assert (lost.point, lost.low) == (-1, -1)
+    assert lost.high == pytest.approx(-1 + 2 * (1 - 0.025 ** (1 / ill)))
+
+
 def test_only_shared_cases_count(cohort):
     frame = check_predictions(cohort(200))
     gain = measure_gain(frame, check_predictions(blurred(cohort(200), 0.5).iloc[50:]), "readers", SETTINGS)
