@@ -372,10 +372,10 @@ class Config(_Section):
     def _patches_fit(self) -> Config:
         if self.objective.acceleration is None:
             return self
-        if all(stage.trainable == "head" for stage in self.training.stages):
+        if not self.model.trunk_learns or all(stage.trainable == "head" for stage in self.training.stages):
             raise ValueError(
-                "objective.acceleration saves what the backbone costs while it learns, and it is frozen in all stages: "
-                "leave it out, or train more than the head"
+                "objective.acceleration saves what the backbone costs while it learns, and it is frozen (model.tuning, "
+                "training.stages): leave it out, or let the backbone learn"
             )
         for size in {stage.size or self.preprocessing.size for stage in self.training.stages}:
             for step in self.objective.acceleration.schedule:

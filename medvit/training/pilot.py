@@ -74,7 +74,7 @@ def run_pilot(experiment: Experiment, fold: Fold, *, epochs: int, steps: int) ->
         if epoch == 0:
             classifier.set_trainable(stages[0].trainable, stages[0].blocks)
         learns = any(parameter.requires_grad for parameter in classifier.backbone.parameters())
-        if epoch in points and learns:
+        if epoch in points and learns and config.model.trunk_learns:
             experiment.reporter.say(f"comparing gradients after {epoch} of {total} epochs")
             objective.to(fabric.device)
             batches = _first_steps(dataset, config, steps)
@@ -84,8 +84,8 @@ def run_pilot(experiment: Experiment, fold: Fold, *, epochs: int, steps: int) ->
     replace(experiment, config=config).fit_fold(fold, experiment.folder / "pilot", "pilot", watch)
     if not found:
         raise UsageError(
-            "training.stages: the backbone is frozen wherever gradients were to be compared, and a frozen one is not "
-            "accelerated. Give a stage with trainable=all or top, or more epochs."
+            "training.stages, model.tuning: the backbone is frozen wherever gradients were to be compared, and a "
+            "frozen one is not accelerated. Give a stage with trainable=all or top, or more epochs."
         )
     return found
 

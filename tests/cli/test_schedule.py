@@ -72,7 +72,7 @@ def test_what_was_found_is_said(made, told):
     ("words", "message"),
     [
         (["--steps", "3"], "give 4 or more"),
-        (["training.stages.0.trainable=head"], "a frozen one is not accelerated"),
+        (["training.stages.0.trainable=head"], "frozen one is not accelerated"),
         (["training.batch_size=16"], "comparing gradients needs 4 steps"),
     ],
 )

@@ -24,13 +24,15 @@ RELAXING = [
 UNCOMPRESSED = [{"from_progress": 0.0}, {"from_progress": 0.5}]
 
 
-def make(name: str = "supervised", schedule: Any = None, *, model: str = "vit_tiny_patch16_224", **more: Any) -> Any:
+def make(
+    name: str = "supervised", schedule: Any = None, *, model: str = "vit_tiny_patch16_224", tuning: Any = "full"
+) -> Any:
     """The same weights every time."""
     torch.manual_seed(0)
     options = OPTIONS if model.startswith("vit") else {}
-    config = ModelConfig(name=model, weights="none", options=options)
+    config = ModelConfig(name=model, weights="none", options=options, tuning=tuning)
     classifier, _ = build_classifier(config, size=32, channels=3, classes=2)
-    acceleration = None if schedule is None else {"schedule": schedule, **more}
+    acceleration = None if schedule is None else {"schedule": schedule}
     objective = build_objective(classifier, ObjectiveConfig(name=name, acceleration=acceleration), Task((3, 3), 2))
     for module in objective.modules():  # of the discriminator
         if isinstance(module, nn.Dropout):
@@ -86,6 +88,18 @@ def test_every_objective_learns_from_fewer_tokens(name, batch):
         result["loss"].backward()
         assert objective.classifier.backbone.compression == NONE
     assert all(p.grad.isfinite().all() for p in objective.parameters() if p.grad is not None)
+
+
+def test_low_rank_changes_learn_from_fewer_tokens_too(batch):
+    pytest.importorskip("peft", reason="the extra lora")
+    objective = make(schedule=RELAXING, tuning="lora")
+    objective.classifier.set_trainable("all")
+    seen = seen_tokens(objective.classifier.backbone.train())
+    run(objective, batch, 0.0)["loss"].backward()
+    assert seen == [3]
+    learning = [p for p in objective.classifier.backbone.parameters() if p.requires_grad]
+    assert learning
+    assert all(parameter.grad is not None for parameter in learning)
 
 
 def test_nothing_is_compressed_but_training(batch):
@@ -258,7 +272,9 @@ def test_a_patch_that_does_not_divide_a_later_size_is_refused_there(batch):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"training": {"stages": [{"trainable": "head"}]}}, "frozen in all stages"),
+        ({"training": {"stages": [{"trainable": "head"}]}}, "it is frozen"),
+        ({"model": {"tuning": "linear"}}, "it is frozen"),
+        ({"model": {"tuning": "synqt"}}, "it is frozen"),
         ({"preprocessing": {"size": 40}}, "do not divide slices of 40 px"),
         ({"training": {"stages": [{"size": 24}, {}]}}, "do not divide slices of 24 px"),
     ],
