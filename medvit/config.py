@@ -369,13 +369,18 @@ class Config(_Section):
         return self
 
     @model_validator(mode="after")
-    def _patches_fit(self) -> Config:
+    def _acceleration_fits(self) -> Config:
         if self.objective.acceleration is None:
             return self
         if not self.model.trunk_learns or all(stage.trainable == "head" for stage in self.training.stages):
             raise ValueError(
                 "objective.acceleration saves what the backbone costs while it learns, and it is frozen (model.tuning, "
                 "training.stages): leave it out, or let the backbone learn"
+            )
+        if self.training.patience:
+            raise ValueError(
+                "training.patience may end a training before it has seen whole slices again: it must be 0 with "
+                "objective.acceleration"
             )
         for size in {stage.size or self.preprocessing.size for stage in self.training.stages}:
             for step in self.objective.acceleration.schedule:

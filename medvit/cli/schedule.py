@@ -27,7 +27,8 @@ what it writes into DIR:
                        patch (px; empty: the model's own), tokens_share, bias2, variance, cost (of the uncompressed
                        time), ca_mse (bias2 + cost * variance: what is least is best), cosine, steps compared
   gradient_error.png   the same as a picture
-  schedule.yaml        the configuration with objective.acceleration set, for medvit-train --config
+  schedule.yaml        the configuration with objective.acceleration set (and training.patience 0, which might end a
+                       training before it has seen whole slices again), for medvit-train --config
 
 a schedule is advice from a few batches of a short training: bias2 may come out below 0 where there is little of it.
 What is small may be lost with the tokens, and the mean does not show it: train both ways, and compare class by class:
@@ -89,7 +90,10 @@ def write(errors: Sequence[training.GradientError], config: Config, output: Path
     schedule = training.derive_schedule(errors)
     acceleration = AccelerationConfig(schedule=schedule) if len(schedule) > 1 else None
     objective = config.objective.model_copy(update={"acceleration": acceleration})
-    scheduled = config.model_copy(update={"objective": objective})
+    # an early end might come before whole slices do
+    patience = config.training.patience if acceleration is None else 0
+    learning = config.training.model_copy(update={"patience": patience})
+    scheduled = config.model_copy(update={"objective": objective, "training": learning})
     (output / "schedule.yaml").write_text(scheduled.to_yaml(), encoding="utf-8")
     return scheduled
 

@@ -47,6 +47,11 @@ class Compression:
         if self.patch is not None and self.patch < 1:
             raise ValueError(f"patch is a side in px, at least 1, got {self.patch}")
 
+    @property
+    def none(self) -> bool:
+        """Whether nothing is left out; read field by field, so that torch.compile sees each of them change."""
+        return self.keep == 1 and self.patch is None
+
     def tokens(self, size: int, own: int) -> int:
         """Patch tokens of a square slice of `size` px for a model whose own patch is `own` px."""
         return kept_tokens(self.keep, (size // (self.patch or own)) ** 2)
@@ -168,13 +173,18 @@ def resize_kernel(kernel: Tensor, patch: int) -> Tensor:
     (FlexiViT, Beyer et al. 2023, arXiv 2212.08013). Gradients reach the given kernel.
     """
     with torch.autocast(kernel.device.type, enabled=False):
-        inverse = _inverse_resize(kernel.shape[-1], patch).to(kernel)
+        inverse: Tensor = _inverse_resize(kernel.shape[-1], patch).to(kernel)
         return (kernel.flatten(2) @ inverse).view(*kernel.shape[:2], patch, patch)
 
 
-@lru_cache
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # traced, it would run in every step
 def _inverse_resize(own: int, patch: int) -> Tensor:
-    """(own², patch²): what each place of the stored kernel becomes; timm computes it, and it is kept."""
+    """(own², patch²): what each place of the stored kernel becomes."""
+    return _computed_once(own, patch)
+
+
+@lru_cache
+def _computed_once(own: int, patch: int) -> Tensor:
     with torch.inference_mode(False), torch.no_grad():  # else a first call without gradients would spoil later ones
         basis = torch.eye(own * own).view(own * own, 1, own, own)
         resized: Tensor = resample_patch_embed(basis, [patch, patch], interpolation="bilinear")

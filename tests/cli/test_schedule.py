@@ -8,7 +8,7 @@ from medvit.cli import schedule
 from medvit.config import load_config
 from tests.cli.conftest import TINY
 
-FEW = ["--epochs", "4", "--steps", "4", "training.batch_size=2"]
+FEW = ["--epochs", "4", "--steps", "4", "training.batch_size=2", "training.patience=3"]
 
 
 def schedule_tiny(site, output, *words):
@@ -56,6 +56,7 @@ def test_schedule_is_a_config_that_training_takes(made, train_tiny, tmp_path):
     assert config.training.batch_size == 2
     if (acceleration := config.objective.acceleration) is not None:
         assert acceleration.schedule[-1].from_progress <= 0.85
+        assert config.training.patience == 0
     assert train_tiny(tmp_path / "run", "--config", str(made / "schedule.yaml")) == 3
 
 

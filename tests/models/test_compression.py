@@ -283,6 +283,22 @@ def test_resizing_is_always_from_the_stored_kernel(build):
     assert backbone.state_dict().keys() == build().state_dict().keys()
 
 
+def test_a_compiled_backbone_sees_every_change_of_compression(build):
+    backbone, expected = build(), []
+    given = [NONE, Compression(patch=16), Compression(0.5), Compression(patch=32), Compression(patch=16), NONE]
+    for compiled in (False, True):
+        if compiled:
+            backbone.compile(backend="eager")
+        for number, compression in enumerate(given):
+            torch.manual_seed(0)
+            with compressed(backbone, compression):
+                features = backbone(picture())
+            if compiled:
+                torch.testing.assert_close(features, expected[number])
+            else:
+                expected.append(features)
+
+
 def test_half_precision_resizes_in_full(build):
     backbone = build()
     with torch.autocast("cpu", torch.bfloat16):
