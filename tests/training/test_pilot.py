@@ -174,10 +174,10 @@ def test_patches_that_are_compared_divide_the_slices_of_every_stage(sizes, own, 
 def test_a_pilot_has_the_stages_of_its_training_and_nothing_accelerated():
     stages = [{"name": "head", "trainable": "head", "epochs": 5}, {"name": "all", "epochs": 20}]
     acceleration = {"schedule": [{"from_progress": 0, "keep": 0.5}, {"from_progress": 0.9}]}
-    given = Config.model_validate(
-        {"objective": {"acceleration": acceleration}, "training": {"stages": stages, "patience": 2}}
-    )
+    given = Config.model_validate({"objective": {"acceleration": acceleration}, "training": {"stages": stages}})
     config = pilot_config(given, 8)
     assert [(stage.name, stage.epochs) for stage in config.training.stages] == [("head", 2), ("all", 6)]
-    assert (config.objective.acceleration, config.training.patience) == (None, 0)
+    assert config.objective.acceleration is None
+    early = Config.model_validate({"training": {"stages": stages, "patience": 2, "select": "best"}})
+    assert (pilot_config(early, 8).training.patience, pilot_config(early, 8).training.select) == (0, "last")
     assert [stage.epochs for stage in pilot_config(given, 50).training.stages] == [10, 40]
