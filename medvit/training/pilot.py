@@ -103,8 +103,8 @@ def pilot_config(config: Config, epochs: int) -> Config:
 def _first_steps(dataset: CaseDataset, config: Config, most: int) -> Iterator[list[dict[str, Tensor]]]:
     """Batches of the first whole steps of the first epoch.
 
-    Their cases are all different ones, but for `data.sampling=balanced`, which draws rare ones again: then some of their
-    scatter is taken for bias.
+    Their cases are all different ones, but for `data.sampling=balanced`, which draws rare ones again: then some of
+    their scatter is taken for bias.
     """
     dataset.epoch = 0  # the loop sets its own before each
     groups = Feeding(dataset, config.training, rank=0, processes=1).groups(0)
