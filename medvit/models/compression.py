@@ -52,9 +52,9 @@ class Compression:
         """Whether nothing is left out; read field by field, so that torch.compile sees each of them change."""
         return self.keep == 1 and self.patch is None
 
-    def tokens(self, size: int, own: int) -> int:
-        """Patch tokens of a square slice of `size` px for a model whose own patch is `own` px."""
-        return kept_tokens(self.keep, (size // (self.patch or own)) ** 2)
+    def share(self, own: int) -> float:
+        """Of the patch tokens that a model whose own patch is `own` px would have."""
+        return self.keep * (own / (self.patch or own)) ** 2
 
 
 NONE = Compression()

@@ -10,6 +10,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import pairwise
 
 from torch import Tensor
 
@@ -48,7 +49,7 @@ class Accelerated(Objective):
         return self.objective.totals(batch)
 
     def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
-        """The objective's own of compressed slices; `tokens_share` tells how many tokens the backbone saw.
+        """The objective's own of compressed slices; `tokens_share` tells how many of its tokens the backbone saw.
 
         Raises:
             UsageError: the size of slices has changed, and a patch of the schedule does not divide it.
@@ -58,9 +59,9 @@ class Accelerated(Objective):
         compression = compression_at(self.config.schedule, progress)
         with self._compressed(compression):
             result: dict[str, Tensor] = self.objective(batch, progress)
-        seen = compression if self.classifier.backbone.training else NONE  # a frozen one sees whole slices
-        share = self._tokens(seen) / self._tokens(NONE)
-        return {**result, "tokens_share": result["loss"].new_tensor(share)}
+        backbone = self.classifier.backbone
+        seen = compression if backbone.training else NONE  # a frozen one sees whole slices
+        return {**result, "tokens_share": result["loss"].new_tensor(seen.share(backbone.patch))}
 
     def rate_of(self, name: str) -> float:
         """The objective's own."""
@@ -81,15 +82,11 @@ class Accelerated(Objective):
                         stack.enter_context(compressed(module, compression, resting=self.training))
             yield
 
-    def _tokens(self, compression: Compression) -> int:
-        backbone = self.classifier.backbone
-        return compression.tokens(backbone.size, backbone.patch)
-
     def _check(self) -> None:
         backbone = self.classifier.backbone
         for step in self.config.schedule:
             check_compression(backbone.model, compression_of(step), backbone.size)
-        check_relaxing(self.config.schedule, backbone.size, backbone.patch)
+        check_relaxing(self.config.schedule, backbone.patch)
         self.checked_size = backbone.size
 
 
@@ -104,21 +101,20 @@ def compression_at(schedule: Sequence[AccelerationStep], progress: float) -> Com
     return compression_of(schedule[max(0, begun - 1)])
 
 
-def check_relaxing(schedule: Sequence[AccelerationStep], size: int, own: int) -> None:
+def check_relaxing(schedule: Sequence[AccelerationStep], own: int) -> None:
     """Refuse a schedule with fewer tokens later.
 
     Args:
         schedule: steps in their order.
-        size: of square slices, px.
         own: side of the model's own patch, px.
 
     Raises:
         UsageError: a step has fewer tokens than the one before.
     """
-    tokens = [compression_of(step).tokens(size, own) for step in schedule]
-    for step, before, after in zip(schedule[1:], tokens, tokens[1:], strict=False):
-        if after < before:
+    shares = [compression_of(step).share(own) for step in schedule]
+    for step, (before, after) in zip(schedule[1:], pairwise(shares), strict=True):
+        if after < before * (1 - 1e-9):  # 0.28 of 1 and 0.07 of 4 are the same
             raise UsageError(
-                f"objective.acceleration: {after} tokens of a slice from progress {step.from_progress:g} on, and "
-                f"{before} before. Let the schedule relax: never fewer tokens than before."
+                f"objective.acceleration: {100 * after:.3g} % of the tokens from progress {step.from_progress:g} on, "
+                f"and {100 * before:.3g} % before. Let the schedule relax: never fewer tokens than before."
             )

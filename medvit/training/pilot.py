@@ -180,12 +180,11 @@ def measure_errors(
                 seconds[one].append(_step(objective, batches, one, progress, fabric, seed=number))
                 gradients[one].append(project(_gradients(objective)))
     reference, took = np.stack(gradients[NONE]), float(np.median(seconds[NONE]))
-    whole = NONE.tokens(backbone.size, backbone.patch)
     return [
         GradientError(
             progress=progress,
             compression=one,
-            tokens_share=one.tokens(backbone.size, backbone.patch) / whole,
+            tokens_share=one.share(backbone.patch),
             bias2=squared_bias(own - reference),
             variance=total_variance(own),
             cost=float(np.median(seconds[one])) / took,

@@ -244,7 +244,7 @@ def test_schedules_begin_at_once_and_end_uncompressed(schedule, words):
 def test_never_fewer_tokens_than_before(first, second):
     steps = [AccelerationStep(from_progress=at, **step) for at, step in ((0, first), (0.4, second), (0.8, {}))]
     with pytest.raises(UsageError, match=r"from progress 0\.4 on.*never fewer tokens") as caught:
-        check_relaxing(steps, size=32, own=8)
+        check_relaxing(steps, own=8)
     assert caught.value.exit_code == EXIT_USAGE
     with pytest.raises(UsageError, match="never fewer"):
         make(schedule=steps)
@@ -252,7 +252,7 @@ def test_never_fewer_tokens_than_before(first, second):
 
 def test_as_many_tokens_by_other_means_are_no_step_back():
     steps = [{"from_progress": 0, "keep": 0.25}, {"from_progress": 0.4, "patch": 16}, {"from_progress": 0.8}]
-    check_relaxing(AccelerationConfig(schedule=steps).schedule, size=32, own=8)
+    check_relaxing(AccelerationConfig(schedule=steps).schedule, own=8)
 
 
 @pytest.mark.parametrize("model", ["resnet18", "swin_tiny_patch4_window7_224"])

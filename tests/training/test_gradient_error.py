@@ -127,7 +127,7 @@ def test_each_point_takes_what_costs_least_and_the_end_is_whole():
     schedule = derive_schedule([*LATE, *EARLY, *MIDDLE])
     assert as_rows(schedule) == [(0.0, 0.25, None), (0.25, 0.5, None), (0.75, 1.0, None)]
     AccelerationConfig(schedule=schedule)
-    check_relaxing(schedule, size=32, own=8)
+    check_relaxing(schedule, own=8)
 
 
 def test_the_last_part_is_whole_even_where_compression_seems_to_pay():
