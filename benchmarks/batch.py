@@ -37,7 +37,7 @@ from medvit.deployment.choice import list_studies
 from medvit.deployment.work import judge, prepare
 from medvit.inference import Encoder, Model
 from medvit.io import phantom
-from medvit.models.bundle import BundleInfo
+from medvit.models.bundle_info import BundleInfo
 from medvit.models.classifier import build_classifier
 from medvit.records import Preprocessing
 

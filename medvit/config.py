@@ -36,6 +36,26 @@ class AugmentConfig(_Section):
     flip: bool = Field(False, description="left-right flips: never for lateralised findings")
 
 
+class ViewsConfig(_Section):
+    """Views of slices for pretraining without labels: crops of HU, each varied by data.augment on its own."""
+
+    count: int = Field(2, ge=1, le=8, description="views of a slice; objective simclr, mocov3 and dino compare two")
+    crop: tuple[float, float] = Field((0.4, 1.0), description="smallest and largest area of a view, share of a slice")
+    local: int = Field(0, ge=0, le=16, description="dino: small crops beside the views, which only the student sees")
+    local_crop: tuple[float, float] = Field((0.1, 0.4), description="smallest and largest area of a small crop")
+    local_size: int = Field(96, gt=0, description="rows and columns of a small crop, px; a multiple of the patch")
+    neighbours: int = Field(
+        1, ge=0, description="views after the first may be of slices so far away in the series; 0: of the same slice"
+    )
+
+    @model_validator(mode="after")
+    def _areas_in_order(self) -> ViewsConfig:
+        for name, (small, large) in (("crop", self.crop), ("local_crop", self.local_crop)):
+            if not 0 < small <= large <= 1:
+                raise ValueError(f"{name}: {[small, large]}; give smallest and largest area, above 0 and at most 1")
+        return self
+
+
 class DataConfig(_Section):
     """Splits, caching and loading."""
 
@@ -65,13 +85,17 @@ class DataConfig(_Section):
     cache_dir: Path | None = Field(None, description="null: MEDVIT_CACHE, else inside the run. Holds pixels: PHI")
     workers: int = Field(0, ge=0, description="loader processes; 0 loads in the training process")
     augment: AugmentConfig | None = Field(AugmentConfig(), description="null: none, and a frozen backbone is cached")
+    views: ViewsConfig = Field(ViewsConfig(), description="what pretraining without labels sees of a slice")
 
 
 class ModelConfig(_Section):
     """Backbone, pooling and head."""
 
     name: str = Field("vit_small_patch14_dinov2.lvd142m", description="any timm model name")
-    weights: str = Field("hub", description="hub, none, or a local .safetensors file with timm's names")
+    weights: str = Field(
+        "hub",
+        description="hub, none, a local .safetensors file with timm's names, or a run of medvit-train (its backbone)",
+    )
     options: dict[str, int | float | bool] = Field(
         {}, description="further arguments of the timm model, for example {depth: 4, patch_size: 8}"
     )
@@ -140,12 +164,40 @@ LATEST_UNCOMPRESSED = 0.9
 """Progress at which every training sees whole slices again: its last tenth at least."""
 
 
-class ObjectiveConfig(_Section):
-    """What is minimised: cross-entropy on labelled cases, and with it what makes sites alike."""
+class PretrainingConfig(_Section):
+    """Learning without labels: what simclr, mocov3, dino and mae need to know."""
 
-    name: Literal["supervised", "dann", "cdan", "mmd"] = Field(
-        "supervised", description="cross-entropy alone, or with adaptation to data.target_sites"
+    temperature: float = Field(0.2, gt=0, description="of similarities (simclr, mocov3) or of the student (dino)")
+    hidden: int = Field(2048, gt=0, description="hidden units of the projection head, which is thrown away")
+    width: int = Field(256, gt=0, description="numbers that a slice is projected to")
+    momentum: float = Field(
+        0.99, ge=0, lt=1, description="mocov3, dino: share of the past in the momentum encoder; a cosine takes it to 1"
     )
+    freeze_patches: bool = Field(
+        True, description="mocov3: the patch projection stays as it is, which keeps training stable"
+    )
+    prototypes: int = Field(4096, gt=1, description="dino: outputs of the head; the paper has 65536 for ImageNet")
+    teacher_temperature: tuple[float, float] = Field((0.04, 0.07), description="dino: at the beginning, and after")
+    teacher_warmup: float = Field(0.3, ge=0, le=1, description="dino: share of the steps in which it rises")
+    center_momentum: float = Field(0.9, ge=0, lt=1, description="dino: share of the past in the centre of outputs")
+    mask_share: float = Field(0.75, gt=0, lt=1, description="mae: share of the patches that are hidden")
+    decoder_width: int = Field(256, gt=0, multiple_of=32, description="mae: width of the decoder; heads are of 32")
+    decoder_depth: int = Field(2, gt=0, description="mae: blocks of the decoder, which is thrown away")
+
+
+PRETRAINING = ("simclr", "mocov3", "dino", "mae")
+"""Objectives that learn without labels."""
+
+
+class ObjectiveConfig(_Section):
+    """What is minimised: cross-entropy on labelled cases, with it what makes sites alike, or a task without labels."""
+
+    name: Literal["supervised", "dann", "cdan", "mmd", "simclr", "mocov3", "dino", "mae"] = Field(
+        "supervised",
+        description="cross-entropy alone, with adaptation to data.target_sites (dann, cdan, mmd), or pretraining "
+        "without labels (simclr, mocov3, dino, mae)",
+    )
+    pretraining: PretrainingConfig = PretrainingConfig()
     class_weights: bool = Field(True, description="weigh classes by their inverse frequency in the training split")
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     focal_gamma: float = Field(0.0, ge=0, description="focal loss: 0 is cross-entropy, 2 is usual")
@@ -175,6 +227,11 @@ class ObjectiveConfig(_Section):
     def adapts(self) -> bool:
         """Whether it learns from unlabelled cases of target sites."""
         return self.name in ("dann", "cdan", "mmd")
+
+    @property
+    def pretrains(self) -> bool:
+        """Whether it learns a backbone without labels."""
+        return self.name in PRETRAINING
 
 
 class Stage(_Section):
@@ -394,6 +451,30 @@ class Config(_Section):
     def _one_split(self) -> Config:
         if self.data.target_sites and (self.data.folds or self.data.holdout_sites):
             raise ValueError("data.target_sites makes a split of its own: leave out data.folds and data.holdout_sites")
+        return self
+
+    @model_validator(mode="after")
+    def _pretrains(self) -> Config:
+        """Without labels no epoch is better than another, and views must be those that the objective compares."""
+        name, views = self.objective.name, self.data.views
+        if not self.objective.pretrains:
+            return self
+        if self.data.folds or self.data.holdout_sites or self.data.target_sites:
+            raise ValueError(f"objective.name {name} has one split: leave out data.folds, holdout_sites, target_sites")
+        if self.model.tuning != "full" or all(stage.trainable == "head" for stage in self.training.stages):
+            raise ValueError(
+                f"objective.name {name} trains the backbone: set model.tuning=full, and trainable=all in a stage"
+            )
+        if self.training.select != "last" or self.training.patience:
+            raise ValueError(f"objective.name {name} keeps the last epoch: set training.select=last, patience=0")
+        if name != "mae" and views.count != 2:
+            raise ValueError(f"objective.name {name} compares two views of a slice: set data.views.count=2")
+        if name == "mae" and self.objective.acceleration is not None:
+            raise ValueError("objective.name mae hides patches itself: leave out objective.acceleration")
+        if name != "dino" and views.local:
+            raise ValueError(f"objective.name {name} has no use for small crops: set data.views.local=0")
+        if name in ("simclr", "mocov3") and self.training.batch_size < 3:  # of 2, the last batch may be a single case
+            raise ValueError(f"objective.name {name} compares patients: training.batch_size must be 3 or more")
         return self
 
     def to_yaml(self) -> str:

@@ -21,10 +21,11 @@ from medvit.config import TtaConfig
 from medvit.data.pipelines import Slices, choose_slices, prediction_transform, prepare_slices, resize_slices
 from medvit.data.pseudonym import pseudonym
 from medvit.data.views import AS_IT_IS, View, draw_views, look, rewindowed
-from medvit.models.bundle import BundleInfo, open_bundle, open_reference
+from medvit.models.bundle import open_bundle, open_reference
+from medvit.models.bundle_info import BundleInfo
 from medvit.models.classifier import CtClassifier
 from medvit.models.reference import FLAG, Reference
-from medvit.records import Case, Prediction, Preprocessing, ReasonCode, Scan, ScanError
+from medvit.records import Case, Prediction, Preprocessing, ReasonCode, Scan, ScanError, UsageError
 
 Floats = npt.NDArray[np.float32]
 
@@ -294,9 +295,14 @@ def load_bundle(path: str | Path, *, batch_slices: int = 32, device: str | torch
         device: where to compute.
 
     Raises:
-        UsageError: missing, damaged, or written by a newer medvit.
+        UsageError: missing, damaged, written by a newer medvit, or pretrained without labels.
     """
     classifier, info = open_bundle(Path(path))
+    if not info.classes:
+        raise UsageError(
+            f"{path}: pretrained without labels, so it knows no class. Train it with labels first: medvit-train FOLDER "
+            f"--labels CSV model.name={info.architecture.name} model.weights={path}."
+        )
     classifier.to(device)
     encoder = Encoder(classifier, info.preprocessing, info.mean, info.std, batch_slices)
     return Model(encoder, info, open_reference(Path(path), info)).with_views(info.tta)

@@ -7,7 +7,8 @@ import torch
 from medvit.config import ModelConfig, TtaConfig
 from medvit.data.pipelines import prepare_slices
 from medvit.inference import STUDIES_AT_ONCE, Encoder, Model, load_bundle, softmax
-from medvit.models.bundle import BundleInfo, TrainingRange, open_bundle, save_bundle
+from medvit.models.bundle import open_bundle, save_bundle
+from medvit.models.bundle_info import BundleInfo, TrainingRange
 from medvit.models.classifier import build_classifier
 from medvit.models.reference import know
 from medvit.records import Preprocessing, ReasonCode, Scan, ScanError, ScanHeader, UsageError

@@ -53,6 +53,8 @@ def prepare(
     preprocessing: Preprocessing,
     display: Display,
     target_sites: Sequence[str] = (),
+    *,
+    unlabelled: bool = False,
 ) -> Study:
     """Scan, join labels, decode into the cache.
 
@@ -62,12 +64,16 @@ def prepare(
         preprocessing: what they are decoded for.
         display: where progress goes.
         target_sites: their unlabelled scans are cases too.
+        unlabelled: every scan is a case, and labels need not be given.
 
     Raises:
         UsageError: folder, labels or classes do not allow training.
     """
-    if arguments.labels is None:
-        raise UsageError("--labels is missing: training needs a CSV with a key column and a label column (see -h).")
+    if arguments.labels is None and not unlabelled:
+        raise UsageError(
+            "--labels is missing: it takes a CSV with a key column and a label column (see -h). Without labels only "
+            "medvit-train --config pretrain_simclr (mocov3, dino, mae) learns anything."
+        )
     display.start("reading headers", 0)
     folder = Path(arguments.folder)
     inventory = io.scan_folder(
@@ -75,16 +81,22 @@ def prepare(
     )
     if not inventory.series:
         raise UsageError(f"{arguments.folder}: no CT among {len(inventory.files)} files. Run medvit-inspect on it.")
-    manifest = data.build_manifest(
-        inventory,
-        arguments.labels,
-        label_column=arguments.label_column,
-        site_column=arguments.site_column,
-        target_sites=target_sites,
-    )
+    manifest = None
+    if arguments.labels is not None:
+        manifest = data.build_manifest(
+            inventory,
+            arguments.labels,
+            label_column=arguments.label_column,
+            site_column=arguments.site_column,
+            target_sites=target_sites,
+        )
+    if manifest is None or unlabelled:
+        manifest = data.everything(inventory, manifest)
     cache = data.SliceCache(cache_dir, preprocessing, assume_hu=arguments.assume_hu)
     wanted = [
-        case for case in manifest.cases if case.label is not None or case.site in target_sites or case.split == "target"
+        case
+        for case in manifest.cases
+        if unlabelled or case.label is not None or case.site in target_sites or case.split == "target"
     ]
     display.start("decoding", len(wanted))
     hashes, failures = cache.build(wanted, display.step)
@@ -111,9 +123,11 @@ def show_study(study: Study, folds: Sequence[data.Fold], display: Display) -> No
     groups = len({case.group for case in cases})
     say = display.say
     labelled = sum(case.label is not None for case in cases)
-    say(f"{labelled} labelled cases of {patients} patients ({groups} groups that stay together), by {manifest.key}")
-    if len(cases) > labelled:
-        say(f"  {len(cases) - labelled} unlabelled cases of target sites")
+    what, key = ("labelled cases", manifest.key) if labelled else ("cases without labels", "study")
+    say(f"{labelled or len(cases)} {what} of {patients} patients ({groups} groups that stay together), by {key}")
+    if len(cases) > labelled > 0:
+        of = " of target sites" if any(len(fold.target) for fold in folds) else ""
+        say(f"  {len(cases) - labelled} unlabelled cases{of}")
     used = {case.case_id for case in cases}
     unlabelled = sum(case.label is None and case.case_id not in used for case in manifest.cases)
     notes = {

@@ -1,7 +1,8 @@
-"""medvit-train: train a classifier on a CT folder and a table of labels, judge it on patients it never saw.
+"""medvit-train: train a classifier on a CT folder and a table of labels, or a backbone on a CT folder without labels.
 
 Reads the folder, joins the labels, splits by patient, trains, predicts the held-out patients once, and writes RUN:
 config.yaml, cases.csv, metrics.jsonl, TensorBoard events, checkpoints/, bundle/ (the model), predictions.csv, report/.
+With a config pretrain_* there is nothing to predict: model.weights=RUN then starts from the bundle.
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ import csv
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import medvit
 from medvit import data, evaluation, training
@@ -39,6 +41,8 @@ examples:
   medvit-train /exports/ct --labels labels.csv training.batch_size=4 preprocessing.windows=[brain,subdural,bone]
   medvit-train /exports/ct --labels labels.csv --output runs/first --resume
   medvit-train /exports/ct --labels labels.csv --config dann data.target_sites=[Harbour] --sweep strength
+  medvit-train /exports/ct --config pretrain_simclr --output runs/backbone
+  medvit-train /exports/ct --labels labels.csv model.weights=runs/backbone model.name=vit_small_patch16_224
   torchrun --nproc-per-node 2 -m medvit.cli.train /exports/ct --labels labels.csv --output runs/both
 """
 
@@ -78,6 +82,8 @@ def train(arguments: argparse.Namespace, config: Config) -> int:
         prepare_output(output, config, resume=arguments.resume, sweep=bool(arguments.sweep))
     processes.wait()
     with Display(quiet=not processes.first()) as display:
+        if config.objective.pretrains:
+            return pretrain(arguments, config, output, display)
         cache_dir = config.data.cache_dir or data.default_cache_dir(output)
         study = prepare(arguments, cache_dir, config.preprocessing, display, config.data.target_sites)
         folds = data.make_folds(study.cases, config.data, config.training.seed)
@@ -107,6 +113,49 @@ def train(arguments: argparse.Namespace, config: Config) -> int:
             show_result(report, further, output, result)
         processes.wait()  # torchrun ends the first where another has gone with a code of its own, such as 3
     return EXIT_QUARANTINE if set_aside(study) else EXIT_DONE
+
+
+def pretrain(arguments: argparse.Namespace, config: Config, output: Path, display: Display) -> int:
+    """Learn a backbone from all CT of a folder; labels, where they are given, only tell how good it becomes."""
+    if arguments.sweep:
+        raise UsageError("--sweep compares by labels, and pretraining has none. Leave it out.")
+    cache_dir = config.data.cache_dir or data.default_cache_dir(output)
+    study = prepare(arguments, cache_dir, config.preprocessing, display, unlabelled=True)
+    fold = data.split_patients(study.cases, config.data, config.training.seed)
+    classes = study.manifest.classes
+    pretraining = training.Pretraining(
+        config=config,
+        cases=study.cases,
+        classes=classes,
+        slices=study.cache,
+        folder=output,
+        probe=evaluation.probe_online if classes else None,
+        reporter=training.Reporter(start=display.start, step=display.step, say=display.say, epoch=telling(display)),
+        resume=arguments.resume,
+    )
+    show_study(study, [fold], display)
+    if arguments.dry_run:
+        show_minutes(config, [len(fold.train)], pretraining.time_step(fold.train), 0, display)
+        return EXIT_DONE
+    if processes.first():
+        write_cases(output / "cases.csv", study.cases, [fold])
+    pretraining.run(fold)
+    if processes.first():
+        name = config.model.name
+        print(f"backbone     {output / 'bundle'}\ntrain it     --labels CSV model.name={name} model.weights={output}")
+    processes.wait()
+    return EXIT_QUARANTINE if set_aside(study) else EXIT_DONE
+
+
+def telling(display: Display) -> Callable[[dict[str, Any]], None]:
+    """What is said of each epoch of a pretraining: whether the encoder sees anything, and how well labels follow."""
+    names = {"val_effective_rank": "rank", "val_feature_spread": "spread", "val_knn": "kNN", "val_auroc": "probe AUROC"}
+
+    def tell(row: dict[str, Any]) -> None:
+        figures = ", ".join(f"{word} {row[name]:.3g}" for name, word in names.items() if name in row)
+        display.say(f"  epoch {row['epoch']}: loss {row['loss']:.4g}, {figures}")
+
+    return tell
 
 
 def sweep(
@@ -158,12 +207,16 @@ def judge(config: Config) -> training.Judge:
 
 def show_estimate(experiment: training.Experiment, folds: Sequence[data.Fold], display: Display) -> None:
     """How long the run would take, from one timed step."""
-    config = experiment.config.training
     timing = experiment.time_step(folds[0].train)
-    epochs = sum(stage.epochs for stage in config.stages)
     sizes = [len(fold.train) for fold in folds] + ([len(experiment.cases)] if len(folds) > 1 else [])  # and the refit
-    steps = sum(-(-size // config.batch_size) for size in sizes) * epochs
-    seconds = timing.prepare_case * len(experiment.cases) + timing.step * steps
+    show_minutes(experiment.config, sizes, timing, len(experiment.cases), display)
+
+
+def show_minutes(config: Config, sizes: Sequence[int], timing: training.Timing, cases: int, display: Display) -> None:
+    """How long it would take to prepare `cases`, and to train on so many cases as `sizes` says, one after another."""
+    epochs = sum(stage.epochs for stage in config.training.stages)
+    steps = sum(-(-size // config.training.batch_size) for size in sizes) * epochs
+    seconds = timing.prepare_case * cases + timing.step * steps
     display.say(
         f"one step takes {timing.step:.2f} s, {steps} steps: about {max(1, round(seconds / 60))} minutes, and "
         "validation besides. No run was written."

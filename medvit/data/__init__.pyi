@@ -8,6 +8,7 @@ from .identity import Grouping as Grouping
 from .identity import group_cases as group_cases
 from .manifest import Manifest as Manifest
 from .manifest import build_manifest as build_manifest
+from .manifest import everything as everything
 from .manifest import unlabelled_cases as unlabelled_cases
 from .monai_reader import MedvitReader as MedvitReader
 from .places import default_cache_dir as default_cache_dir
@@ -19,3 +20,4 @@ from .selection import NotSelected as NotSelected
 from .selection import select_series as select_series
 from .splits import Fold as Fold
 from .splits import make_folds as make_folds
+from .splits import split_patients as split_patients

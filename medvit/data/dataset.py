@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from monai.transforms import Compose
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from medvit.data.pipelines import choose_slices, resize_slices
@@ -49,7 +50,7 @@ class CaseDataset(Dataset[dict[str, Any]]):
         labels: npt.NDArray[np.int64],
         *,
         slices: int,
-        transform: Callable[[int], Compose] | None,
+        transform: Callable[[int], Any] | None,
         seed: int,
         domains: npt.NDArray[np.int64] | None = None,
         strata: npt.NDArray[np.int64] | None = None,
@@ -81,16 +82,10 @@ class CaseDataset(Dataset[dict[str, Any]]):
 
 
 def collate(samples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """Pad to the longest: `input` (B, S, ...), `mask` (B, S) true where there is a slice, the rest (B,)."""
-    longest = max(len(sample["input"]) for sample in samples)
-    first = samples[0]["input"]
-    values = first.new_zeros((len(samples), longest, *first.shape[1:]))
-    mask = torch.zeros((len(samples), longest), dtype=torch.bool)
-    for row, sample in enumerate(samples):
-        values[row, : len(sample["input"])] = sample["input"]
-        mask[row, : len(sample["input"])] = True
-    return {
-        "input": values,
-        "mask": mask,
-        **{name: torch.tensor([sample[name] for sample in samples]) for name in ("label", "domain", "index")},
-    }
+    """What is of slices padded to the longest (B, S, ...), `mask` (B, S) true where there is a slice, the rest (B,)."""
+    lengths = torch.tensor([len(sample["input"]) for sample in samples])
+    batch = {"mask": torch.arange(int(lengths.max())) < lengths[:, None]}
+    for name, first in samples[0].items():
+        column = [sample[name] for sample in samples]
+        batch[name] = pad_sequence(column, batch_first=True) if torch.is_tensor(first) else torch.tensor(column)
+    return batch

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from medvit.data.identity import identities
@@ -143,6 +143,22 @@ def unlabelled_cases(inventory: Inventory) -> tuple[tuple[Case, ...], tuple[NotS
     """One case per study of a folder, its best volume; and the volumes not selected. For prediction."""
     chosen, others = select_series(series for series in inventory.series if series.usable)
     return tuple(_case({}, {}, _Unit(series, series.files), None, None) for series in chosen), others
+
+
+def everything(inventory: Inventory, labelled: Manifest | None = None) -> Manifest:
+    """All that can be learned from without labels: the cases of a table as it names them, and one of each other study.
+
+    Raises:
+        UsageError: no usable CT.
+    """
+    cases, others = unlabelled_cases(inventory)
+    if not cases:
+        raise UsageError(f"{inventory.root}: no usable CT found. Run medvit-inspect on it to see what was set aside.")
+    if labelled is None:
+        return Manifest(cases, (), "study", not_selected=others)
+    named = {name for case in labelled.cases for name in case.files}
+    rest = tuple(case for case in cases if named.isdisjoint(case.files))
+    return replace(labelled, cases=(*labelled.cases, *rest), without_row=0)
 
 
 def _units(inventory: Inventory, key: str) -> tuple[list[_Unit], tuple[NotSelected, ...]]:

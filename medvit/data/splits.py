@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
-from sklearn.model_selection import StratifiedGroupKFold
+from sklearn.model_selection import GroupKFold, StratifiedGroupKFold
 
 from medvit.config import DataConfig
 from medvit.records import Case, GateError, ReasonCode, UsageError
@@ -69,6 +69,33 @@ def make_folds(cases: Sequence[Case], data: DataConfig, seed: int) -> list[Fold]
         check_leakage(cases, fold)
         _check_classes(labels, fold)
     return folds
+
+
+def split_patients(cases: Sequence[Case], data: DataConfig, seed: int) -> Fold:
+    """Patients to learn from without labels, and a few to watch: at random, or as a `split` column says.
+
+    Whoever a split column has under `test` takes no part, not even without label; under `val`, only watched.
+
+    Args:
+        cases: labelled or not.
+        data: `validation_fraction`.
+        seed: of the shuffle.
+
+    Raises:
+        UsageError: a single patient.
+    """
+    groups = np.array([case.group for case in cases])
+    splits = np.array([case.split for case in cases])
+    test, val = (np.isin(groups, groups[splits == name]) for name in ("test", "val"))
+    val &= ~test
+    rest = np.flatnonzero(~test)
+    parts = min(_parts(data.validation_fraction), len(set(groups[rest])))
+    if parts < 2:
+        raise UsageError("pretraining needs two patients to learn from and one to validate on. Give more CT.")
+    if not val.any():
+        _, watched = next(GroupKFold(parts, shuffle=True, random_state=seed).split(rest, groups=groups[rest]))
+        val[rest[watched]] = True
+    return Fold(np.flatnonzero(~test & ~val), np.flatnonzero(val), np.flatnonzero(test))
 
 
 def check_leakage(cases: Sequence[Case], fold: Fold) -> None:

@@ -13,6 +13,7 @@ from .learning_curve import how_it_went as how_it_went
 from .metrics import macro_auroc as macro_auroc
 from .metrics import operating_point as operating_point
 from .model_card import write_model_card as write_model_card
+from .online import probe_online as probe_online
 from .predictions import read_predictions as read_predictions
 from .predictions_csv import write_predictions as write_predictions
 from .ranking import Ranking as Ranking

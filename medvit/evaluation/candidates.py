@@ -15,6 +15,7 @@ from medvit.inference import Encoder
 from medvit.models.backbone import Backbone, build_backbone, normalisation
 from medvit.models.classifier import CtClassifier
 from medvit.models.source import build_source_classifier
+from medvit.models.weights import check_input
 from medvit.records import Case
 
 Floats = npt.NDArray[np.float32]
@@ -41,12 +42,15 @@ def backbones(candidate: Candidate, config: Config) -> tuple[Backbone, Backbone 
     """The candidate without its classifier and, if its weights bring one, with it.
 
     Raises:
-        UsageError: weights that are missing, damaged, unreachable, or made for another architecture; or a size that
-            the model cannot take.
+        UsageError: weights that are missing, damaged, unreachable, or made for another architecture or other slices; or
+            a size that the model cannot take.
     """
     torch.manual_seed(config.training.seed)
-    size, channels = config.preprocessing.size, len(config.preprocessing.windows)
-    backbone, _ = build_backbone(candidate.model, size=size, channels=channels)
+    prep, channels = config.preprocessing, len(config.preprocessing.windows)
+    size = prep.size
+    backbone, report = build_backbone(candidate.model, size=size, channels=channels)
+    mean, std = normalisation(backbone, channels)
+    check_input(report, prep, prep.mean or mean, prep.std or std)
     return backbone, build_source_classifier(candidate.model, size=size, channels=channels)
 
 

@@ -22,7 +22,7 @@ from medvit.evaluation.report import Report
 from medvit.records import Case
 
 if TYPE_CHECKING:
-    from medvit.models.bundle import BundleInfo
+    from medvit.models.bundle_info import BundleInfo
 
 SCHEMA_VERSION = 1
 MARKDOWN, DOCUMENT = "model_card.md", "model_card.json"

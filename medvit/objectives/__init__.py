@@ -10,6 +10,9 @@ from medvit.config import ObjectiveConfig
 from medvit.models.classifier import CtClassifier
 from medvit.objectives.acceleration import Accelerated
 from medvit.objectives.adaptation import Adaptation, Cdan, Dann, Mmd
+from medvit.objectives.contrastive import MoCoV3, SimClr
+from medvit.objectives.dino import Dino
+from medvit.objectives.mae import Mae
 from medvit.objectives.objective import Objective as Objective
 from medvit.objectives.objective import Task as Task
 from medvit.objectives.supervised import Supervised
@@ -19,6 +22,10 @@ OBJECTIVES: dict[str, Callable[[CtClassifier, ObjectiveConfig, Task], Objective]
     "dann": partial(Adaptation, Dann),
     "cdan": partial(Adaptation, Cdan),
     "mmd": partial(Adaptation, Mmd),
+    "simclr": SimClr,
+    "mocov3": MoCoV3,
+    "dino": Dino,
+    "mae": Mae,
 }
 """Name in the config -> (model, settings, task) -> objective."""
 

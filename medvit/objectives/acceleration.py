@@ -11,6 +11,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import pairwise
+from typing import Literal
 
 from torch import Tensor
 
@@ -70,6 +71,18 @@ class Accelerated(Objective):
     def after_step(self) -> None:
         """The objective's own."""
         self.objective.after_step()
+
+    def set_size(self, px: int) -> int:
+        """The objective's own."""
+        return self.objective.set_size(px)
+
+    def set_trainable(self, trainable: Literal["head", "top", "all"], blocks: int) -> None:
+        """The objective's own."""
+        self.objective.set_trainable(trainable, blocks)
+
+    def encoder(self) -> Backbone:
+        """The objective's own."""
+        return self.objective.encoder()
 
     @contextmanager
     def _compressed(self, compression: Compression) -> Iterator[None]:

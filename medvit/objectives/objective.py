@@ -7,18 +7,22 @@ step and over all processes: the gradient is that of one large batch, however it
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from medvit.models.backbone import Backbone
 from medvit.models.classifier import CtClassifier
 
 UNLABELLED = -1
 """`label` of a case that is trained on without one: a target case."""
 
 Batch = Mapping[str, Tensor]
-"""`input` (B, S, C, H, W) or (B, S, D), `mask` (B, S), `label` (B,), `domain` (B,), `index` (B,), `totals` (T,)."""
+"""`input` (B, S, C, H, W) or (B, S, D), `mask` (B, S), `label` (B,), `domain` (B,), `index` (B,), `totals` (T,).
+
+For pretraining (`medvit.data.slice_views`) `input` is (B, S, V, C, H, W), V views of each slice; with small crops there
+is `local` (B, S, L, C, h, w); and `patient` (B,) is the number of each case's patient."""
 
 
 class Task(NamedTuple):
@@ -59,3 +63,15 @@ class Objective(nn.Module):
 
     def after_step(self) -> None:
         """Called after each optimizer step."""
+
+    def set_size(self, px: int) -> int:
+        """Take slices of another size: what beside the classifier has one must follow. See `Backbone.set_size`."""
+        return self.classifier.set_size(px)
+
+    def set_trainable(self, trainable: Literal["head", "top", "all"], blocks: int) -> None:
+        """What of the backbone learns: see `Backbone.set_trainable`. An objective may hold back more."""
+        self.classifier.set_trainable(trainable, blocks)
+
+    def encoder(self) -> Backbone:
+        """The backbone that is judged and kept."""
+        return self.classifier.backbone

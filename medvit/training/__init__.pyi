@@ -1,6 +1,7 @@
 from .experiment import Experiment as Experiment
 from .experiment import Judge as Judge
 from .experiment import Result as Result
+from .experiment import Timing as Timing
 from .gradient_chart import draw_errors as draw_errors
 from .gradient_error import GradientError as GradientError
 from .gradient_error import derive_schedule as derive_schedule
@@ -9,3 +10,4 @@ from .loop import fit as fit
 from .material import Reporter as Reporter
 from .pilot import run_pilot as run_pilot
 from .pilot import write_errors as write_errors
+from .pretraining import Pretraining as Pretraining

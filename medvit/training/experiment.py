@@ -23,20 +23,20 @@ from medvit import __version__
 from medvit.config import Config, Stage
 from medvit.data.cache import SliceCache
 from medvit.data.dataset import CaseDataset, collate
-from medvit.data.pipelines import window_statistics
 from medvit.data.splits import Fold, Indices
 from medvit.inference import Encoder, Judged, Model, softmax
-from medvit.models.backbone import normalisation
-from medvit.models.bundle import BundleInfo, TrainingRange, save_bundle
+from medvit.models.bundle import save_bundle
+from medvit.models.bundle_info import BundleInfo, TrainingRange
 from medvit.models.classifier import CtClassifier, build_classifier
 from medvit.models.reference import conformal_threshold, know, one_per_patient
-from medvit.models.weights import WeightReport
+from medvit.models.weights import WeightReport, check_input
 from medvit.objectives import Objective, Task, build_objective
 from medvit.records import Case, Prediction, UsageError
 from medvit.training import adaptation, processes
 from medvit.training.journal import write_metrics
 from medvit.training.loop import Run, fit
 from medvit.training.material import Floats, Labels, Material, Reporter
+from medvit.training.normalising import mean_and_std
 from medvit.training.state import History, Metrics
 
 
@@ -261,7 +261,8 @@ class Experiment:
         classifier, self.weights = build_classifier(
             self.config.model, size=prep.size, channels=channels, classes=len(self.classes)
         )
-        mean, std = self._normalisation(classifier, train)
+        mean, std = mean_and_std(self.config, classifier, (self.slices.load(self.cases[index]) for index in train))
+        check_input(self.weights, prep, mean, std)
         info = BundleInfo(
             architecture=self.config.model.model_copy(update={"weights": self.weights.source}),
             preprocessing=prep,
@@ -273,15 +274,6 @@ class Experiment:
             provenance=self._provenance(),
         )
         return Model(Encoder(classifier, prep, mean, std, self.config.inference.batch_slices), info)
-
-    def _normalisation(self, classifier: CtClassifier, train: Indices) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Mean and std per window: given, of the training split and of no other, or the backbone's own."""
-        prep = self.config.preprocessing
-        if prep.mean is not None and prep.std is not None:
-            return prep.mean, prep.std
-        if self.config.data.normalise == "training":
-            return window_statistics((self.slices.load(self.cases[index]) for index in train), prep.windows)
-        return normalisation(classifier.backbone, len(prep.windows))
 
     def _provenance(self) -> dict[str, str]:
         return {

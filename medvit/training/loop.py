@@ -70,7 +70,7 @@ def fit(
         dataset: training cases.
         config: stages, batch size, precision.
         validate: judges the current model, in every process alike: `auroc`, `loss` and, with `select: target`,
-            `target_information`.
+            `target_information`, as far as they are defined; whatever else it tells is written down.
         run: where and how.
 
     Raises:
@@ -134,14 +134,14 @@ class _Session:
         """Leave the selected weights in the objective, at full size and in evaluation mode."""
         if self.config.ema and not self.selects:
             self.recovery.put_average()
-        self.objective.classifier.set_size(self.full)
+        self.objective.set_size(self.full)
         if self.selects:
             self.recovery.put_best()
         self.objective.eval()
 
     def _run_stage(self, stage: Stage, epochs: range, stored: Stored | None) -> None:
-        self.dataset.size = self.objective.classifier.set_size(stage.size or self.full)
-        self.objective.classifier.set_trainable(stage.trainable, stage.blocks)
+        self.dataset.size = self.objective.set_size(stage.size or self.full)
+        self.objective.set_trainable(stage.trainable, stage.blocks)
         training = StageTraining(self.fabric, self.objective, stage, self.config, self.feeding.steps)
         position = self.recovery.position
         if stored is not None and (position.epoch, position.steps) > (epochs.start, 0):

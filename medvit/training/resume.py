@@ -131,7 +131,7 @@ class Recovery:
         tensors, about = stored
         self._refuse_other(about.get("identity", {}))
         torch.set_num_threads(about["threads"])  # sums depend on how they are shared between threads
-        self.objective.classifier.set_size(about["size"])
+        self.objective.set_size(about["size"])
         self._put(under("objective", tensors))
         self.history = History(about["rows"], about["best_epoch"], tuple(about["best_score"]))
         self.selected, at = about["selected"], about["position"]

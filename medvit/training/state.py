@@ -80,7 +80,7 @@ def score_of(judged: Mapping[str, float], *, with_target: bool) -> Score:
     """What epochs are compared by: AUROC, then the lower loss; what is undefined is worse than anything.
 
     Args:
-        judged: `auroc`, `loss` and, with target cases, `target_information`.
+        judged: `auroc`, `loss` and, with target cases, `target_information`; what is missing is not defined.
         with_target: add how informative predictions on unlabelled target cases are.
 
     Raises:
@@ -88,8 +88,8 @@ def score_of(judged: Mapping[str, float], *, with_target: bool) -> Score:
     """
     if with_target and "target_information" not in judged:
         raise UsageError("training.select=target judges by unlabelled target cases: name their data.target_sites")
-    first = judged["auroc"] + (judged["target_information"] if with_target else 0.0)
-    return _or_worst(first), _or_worst(-judged["loss"])
+    first = judged.get("auroc", math.nan) + (judged["target_information"] if with_target else 0.0)
+    return _or_worst(first), _or_worst(-judged.get("loss", math.nan))
 
 
 def _or_worst(value: float) -> float:

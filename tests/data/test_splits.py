@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from medvit.config import DataConfig
 from medvit.data import group_cases, slice_prints
-from medvit.data.splits import Fold, check_leakage, make_folds
+from medvit.data.splits import Fold, check_leakage, make_folds, split_patients
 from medvit.records import EXIT_REFUSED, EXIT_USAGE, Case, GateError, UsageError
 
 SITES = ("North", "South", "West")
@@ -232,3 +232,54 @@ def test_a_given_split_may_name_target_cases():
     cases = [replace(case(i, i, ("yes", "no")[i // 6 % 2]), split=names[i % 6]) for i in range(48)]
     (fold,) = make_folds(cases, DataConfig(), 0)
     assert {i % 6 for i in fold.target} == {5}
+
+
+# without labels
+
+
+def unlabelled(count, splits=()):
+    return [
+        Case(
+            case_id=f"c{n}",
+            patient_id=f"p{n}",
+            group=f"g{n // 2}",
+            root="",
+            files=(str(n),),
+            split=dict(splits).get(n, ""),
+        )
+        for n in range(count)
+    ]
+
+
+def groups_of(cases, indices):
+    return {cases[index].group for index in indices}
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_without_labels_patients_are_on_one_side(seed):
+    cases = unlabelled(20)
+    fold = split_patients(cases, DataConfig(validation_fraction=0.2), seed)
+    assert not groups_of(cases, fold.train) & groups_of(cases, fold.val)
+    assert sorted([*fold.train, *fold.val]) == list(range(20))
+    assert len(fold.val) == 4
+    assert not len(fold.test)
+
+
+def test_without_labels_the_seed_decides_who_is_watched():
+    cases = unlabelled(20)
+    first, again, second = (split_patients(cases, DataConfig(), seed).val.tolist() for seed in (0, 0, 1))
+    assert first == again
+    assert first != second
+
+
+def test_without_labels_patients_of_a_given_test_split_take_no_part():
+    cases = unlabelled(12, {0: "test", 5: "val"})  # each group has two cases
+    fold = split_patients(cases, DataConfig(), 0)
+    assert fold.test.tolist() == [0, 1]
+    assert fold.val.tolist() == [4, 5]
+    assert fold.train.tolist() == [2, 3, 6, 7, 8, 9, 10, 11]
+
+
+def test_one_patient_cannot_be_pretrained_on():
+    with pytest.raises(UsageError, match="two patients"):
+        split_patients(unlabelled(2), DataConfig(), 0)

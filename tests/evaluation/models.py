@@ -8,7 +8,7 @@ import torch
 
 from medvit.config import ModelConfig
 from medvit.inference import Encoder, Judged, Model, StudyOutput
-from medvit.models.bundle import BundleInfo
+from medvit.models.bundle_info import BundleInfo
 from medvit.models.classifier import build_classifier
 from medvit.records import Case, Preprocessing
 

@@ -7,7 +7,7 @@ import pytest
 from medvit.config import EvaluationConfig, ModelConfig
 from medvit.evaluation.model_card import OUT_OF_SCOPE, TO_FILL, write_model_card
 from medvit.evaluation.report import write_report
-from medvit.models.bundle import BundleInfo, TrainingRange
+from medvit.models.bundle_info import BundleInfo, TrainingRange
 from medvit.records import Case, Preprocessing
 
 INFO = BundleInfo(

@@ -20,7 +20,7 @@ from medvit.evaluation.physics import CORRUPTIONS
 from medvit.evaluation.robustness import STRESSES, in_order, measure_robustness
 from medvit.evaluation.robustness_chart import draw_robustness
 from medvit.inference import Encoder, Judged, Model
-from medvit.models.bundle import BundleInfo, TrainingRange
+from medvit.models.bundle_info import BundleInfo, TrainingRange
 from medvit.models.classifier import CtClassifier
 from medvit.records import Case, ClaheSettings, Prediction, Preprocessing, UsageError
 

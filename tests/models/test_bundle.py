@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from medvit.models.bundle import BundleInfo, TrainingRange, find_bundle, open_bundle, open_reference, save_bundle
+from medvit.models.bundle import open_bundle, open_reference, save_bundle
+from medvit.models.bundle_info import BundleInfo, TrainingRange, find_bundle
 from medvit.models.classifier import build_classifier
 from medvit.models.reference import know
 from medvit.records import EXIT_USAGE, Preprocessing, UsageError
