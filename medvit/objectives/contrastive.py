@@ -20,6 +20,7 @@ from medvit.objectives.gathering import gather_rows, processes
 from medvit.objectives.objective import Batch, Objective, Task
 from medvit.objectives.selfsupervised import (
     cosine_momentum,
+    encode_views,
     follow,
     mlp,
     slices_of,
@@ -191,9 +192,3 @@ class MoCoV3(Objective):
     def _hold_back(self) -> None:
         if self.freeze_patches:
             self.classifier.backbone.model.patch_embed.requires_grad_(False)
-
-
-def encode_views(backbone: nn.Module, views: Tensor) -> Tensor:
-    """Slices (N, V, C, H, W) of this process -> features (M, V, D) of all processes."""
-    features: Tensor = backbone(views.flatten(0, 1))
-    return gather_rows(features.view(*views.shape[:2], -1))

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from medvit.models.classifier import CtClassifier
+from medvit.objectives.gathering import gather_rows
 from medvit.objectives.objective import Batch
 
 Kind = TypeVar("Kind", bound=nn.Module)
@@ -37,6 +38,12 @@ def slices_of(batch: Batch) -> Slices:
     mask = batch["mask"]
     patients = batch["patient"][:, None].expand(mask.shape)[mask]
     return Slices(batch["input"][mask], batch["local"][mask] if "local" in batch else None, patients)
+
+
+def encode_views(backbone: nn.Module, views: Tensor) -> Tensor:
+    """Slices (N, V, C, H, W) of this process -> features (M, V, D) of all processes."""
+    features: Tensor = backbone(views.flatten(0, 1))
+    return gather_rows(features.view(*views.shape[:2], -1))
 
 
 def train_backbone_only(classifier: CtClassifier) -> None:

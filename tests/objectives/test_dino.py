@@ -74,10 +74,12 @@ def test_objective_is_the_loss_of_its_networks_over_all_crops():
     small = step.make_objective("dino").classifier.backbone
     small.set_size(16)
     with torch.no_grad():
-        taught = torch.stack([objective.slow_head(objective.slow_backbone(one)) for one in slices.views.unbind(1)])
-        said = [objective.head(student(one)) for one in slices.views.unbind(1)]
-        said += [objective.head(small(one)) for one in slices.local.unbind(1)]
-    expected = loop(taught, torch.stack(said), objective.center, warm_up(0.04, 0.07, 0.3, step.PROGRESS), 0.1)
+        seen = [student(one) for one in slices.views.unbind(1)]
+        seen += [small(one) for one in slices.local.unbind(1)]
+        # statistics are of all crops together
+        said = objective.head(torch.cat(seen)).view(4, -1, 12)
+        taught = objective.slow_head(torch.cat([objective.slow_backbone(one) for one in slices.views.unbind(1)]))
+    expected = loop(taught.view(2, -1, 12), said, objective.center, warm_up(0.04, 0.07, 0.3, step.PROGRESS), 0.1)
     found = step.run(objective, batch)
     assert float(found["loss"].detach()) == pytest.approx(sum(expected) / len(expected))
     assert all(value.ndim == 0 and not value.requires_grad for key, value in found.items() if key != "loss")
@@ -85,12 +87,12 @@ def test_objective_is_the_loss_of_its_networks_over_all_crops():
 
 def test_the_centre_is_a_running_mean_over_all_micro_batches_of_a_step():
     objective = step.make_objective("dino", center_momentum=0.8)
-    whole, parts = step.make_batch(), ([0, 1], [2, 3, 4])
+    parts = [step.make_batch(cases=cases) for cases in ([0, 1], [2, 3, 4])]
     with torch.no_grad():
-        views = slices_of(whole).views
-        mean = objective.slow_head(objective.slow_backbone(views.flatten(0, 1))).mean(dim=0)
-    for cases in parts:
-        step.run(objective, step.make_batch(cases=cases))
+        views = [slices_of(part).views.flatten(0, 1) for part in parts]
+        mean = torch.cat([objective.slow_head(objective.slow_backbone(one)) for one in views]).mean(dim=0)
+    for part in parts:
+        step.run(objective, part)
     assert (objective.center == 0).all()  # not before the step
     objective.after_step()
     torch.testing.assert_close(objective.center, 0.2 * mean)
