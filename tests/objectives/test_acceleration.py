@@ -52,6 +52,14 @@ def batch() -> dict[str, Tensor]:
     }
 
 
+def fitting(name: str, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The batch as the objective wants it: without labels it is shown two views of each slice."""
+    if not ObjectiveConfig(name=name).pretrains:
+        return batch
+    views = torch.stack([batch["input"], batch["input"].flip(-1)], dim=2)
+    return {**batch, "input": views, "patient": batch["index"]}
+
+
 def run(objective: Objective, batch: dict[str, Tensor], progress: float = 0.1) -> dict[str, Tensor]:
     torch.manual_seed(4)
     return objective({**batch, "totals": objective.totals(batch)}, progress)
@@ -67,7 +75,7 @@ def seen_tokens(backbone: Backbone) -> list[int]:
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_uncompressed_it_is_the_bare_objective_to_the_bit(name, batch):
     bare, accelerated = make(name), make(name, UNCOMPRESSED)
-    results = [run(objective, batch) for objective in (bare, accelerated)]
+    results = [run(objective, fitting(name, batch)) for objective in (bare, accelerated)]
     assert results[1].pop("tokens_share") == 1
     assert results[0].keys() == results[1].keys()
     assert all(torch.equal(results[0][key], results[1][key]) for key in results[0])
@@ -77,12 +85,12 @@ def test_uncompressed_it_is_the_bare_objective_to_the_bit(name, batch):
     assert all(torch.equal(own.grad, other.grad) for own, other in pairs if own.grad is not None)
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", [name for name in OBJECTIVES if name != "mae"])  # which hides patches itself
 def test_every_objective_learns_from_fewer_tokens(name, batch):
     objective = make(name, RELAXING)
     seen = seen_tokens(objective.classifier.backbone)
     for progress, share in ((0.0, 2 / 16), (0.29, 2 / 16), (0.3, 8 / 16), (0.8, 1.0), (0.99, 1.0)):
-        result = run(objective, batch, progress)
+        result = run(objective, fitting(name, batch), progress)
         assert result["tokens_share"].item() == pytest.approx(share)
         assert seen.pop() == 1 + round(16 * share)
         result["loss"].backward()
