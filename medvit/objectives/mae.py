@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from medvit.config import ObjectiveConfig
 from medvit.models.classifier import CtClassifier
+from medvit.models.compression import kept_tokens
 from medvit.models.crops import encode_patches, plain_vit
 from medvit.objectives.objective import Batch, Objective, Task
 from medvit.objectives.selfsupervised import slices_of, train_backbone_only
@@ -27,6 +28,8 @@ class Mae(Objective):
 
     Which patches are hidden is drawn anew for each view from torch's global generator.
 
+    Of a compressed backbone fewer of the visible patches are seen; as many are told.
+
     Logged: `reconstruction`, the loss of this process's batch alone; 1 is telling the mean of each patch.
 
     Args:
@@ -34,6 +37,8 @@ class Mae(Objective):
         config: share of hidden patches, width and depth of the decoder.
         task: not used.
     """
+
+    any_patch = False  # the decoder tells the pixels of patches of one side
 
     def __init__(self, classifier: CtClassifier, config: ObjectiveConfig, task: Task) -> None:
         super().__init__()
@@ -59,6 +64,8 @@ class Mae(Objective):
         views = slices.views.flatten(0, 1)
         rows, columns = backbone.grid
         visible, hidden = draw_mask(len(views), rows * columns, self.share, views.device)
+        if backbone.training:
+            visible = visible[:, : kept_tokens(backbone.compression.keep, visible.shape[1])]  # in random order
         tokens = encode_patches(backbone, views, visible)
         told = self.decoder(tokens, visible, hidden, (rows, columns))
         losses = patch_losses(told, patchify(views, backbone.patch), hidden)

@@ -6,7 +6,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from medvit.config import AccelerationConfig, AccelerationStep, Config, ModelConfig, ObjectiveConfig, Stage
+from medvit.config import (
+    PRETRAINING,
+    AccelerationConfig,
+    AccelerationStep,
+    Config,
+    ModelConfig,
+    ObjectiveConfig,
+    Stage,
+)
 from medvit.models.backbone import Backbone
 from medvit.models.classifier import build_classifier
 from medvit.models.compression import NONE, Compression
@@ -21,6 +29,7 @@ RELAXING = [
     {"from_progress": 0.3, "keep": 0.5},
     {"from_progress": 0.8},
 ]
+ONE_SIZE = [{"from_progress": 0.0, "keep": 0.5}, {"from_progress": 0.8}]
 UNCOMPRESSED = [{"from_progress": 0.0}, {"from_progress": 0.5}]
 
 
@@ -52,14 +61,6 @@ def batch() -> dict[str, Tensor]:
     }
 
 
-def fitting(name: str, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The batch as the objective wants it: without labels it is shown two views of each slice."""
-    if not ObjectiveConfig(name=name).pretrains:
-        return batch
-    views = torch.stack([batch["input"], batch["input"].flip(-1)], dim=2)
-    return {**batch, "input": views, "patient": batch["index"]}
-
-
 def run(objective: Objective, batch: dict[str, Tensor], progress: float = 0.1) -> dict[str, Tensor]:
     torch.manual_seed(4)
     return objective({**batch, "totals": objective.totals(batch)}, progress)
@@ -72,10 +73,18 @@ def seen_tokens(backbone: Backbone) -> list[int]:
     return seen
 
 
+def fed(name: str, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The batch as an objective wants it: two views of each slice where it learns without labels."""
+    if name not in PRETRAINING:
+        return batch
+    return {**batch, "input": batch["input"][:, :, None].repeat(1, 1, 2, 1, 1, 1), "patient": batch["index"]}
+
+
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_uncompressed_it_is_the_bare_objective_to_the_bit(name, batch):
+    batch = fed(name, batch)
     bare, accelerated = make(name), make(name, UNCOMPRESSED)
-    results = [run(objective, fitting(name, batch)) for objective in (bare, accelerated)]
+    results = [run(objective, batch) for objective in (bare, accelerated)]
     assert results[1].pop("tokens_share") == 1
     assert results[0].keys() == results[1].keys()
     assert all(torch.equal(results[0][key], results[1][key]) for key in results[0])
@@ -85,17 +94,32 @@ def test_uncompressed_it_is_the_bare_objective_to_the_bit(name, batch):
     assert all(torch.equal(own.grad, other.grad) for own, other in pairs if own.grad is not None)
 
 
-@pytest.mark.parametrize("name", [name for name in OBJECTIVES if name != "mae"])  # which hides patches itself
+@pytest.mark.parametrize("name", OBJECTIVES)
 def test_every_objective_learns_from_fewer_tokens(name, batch):
-    objective = make(name, RELAXING)
+    masked = name == "mae"  # which hides three quarters itself, and has patches of one size
+    objective = make(name, ONE_SIZE if masked else RELAXING)
     seen = seen_tokens(objective.classifier.backbone)
-    for progress, share in ((0.0, 2 / 16), (0.29, 2 / 16), (0.3, 8 / 16), (0.8, 1.0), (0.99, 1.0)):
-        result = run(objective, fitting(name, batch), progress)
+    first = 8 / 16 if masked else 2 / 16
+    for progress, share in ((0.0, first), (0.29, first), (0.3, 8 / 16), (0.8, 1.0), (0.99, 1.0)):
+        result = run(objective, fed(name, batch), progress)
         assert result["tokens_share"].item() == pytest.approx(share)
-        assert seen.pop() == 1 + round(16 * share)
+        assert seen.pop() == 1 + round((4 if masked else 16) * share)
         result["loss"].backward()
         assert objective.classifier.backbone.compression == NONE
     assert all(p.grad.isfinite().all() for p in objective.parameters() if p.grad is not None)
+
+
+def test_pixels_of_patches_of_one_size_are_not_told_from_larger_ones():
+    with pytest.raises(UsageError, match="Mae is about patches of one size"):
+        make("mae", RELAXING)
+
+
+@pytest.mark.parametrize("name", PRETRAINING)
+def test_what_beside_the_classifier_has_a_size_follows_it(name):
+    objective = make(name, ONE_SIZE)
+    objective.set_size(48)
+    assert {module.size for module in objective.modules() if isinstance(module, Backbone)} == {48}
+    assert objective.encoder() is objective.objective.encoder()
 
 
 def test_low_rank_changes_learn_from_fewer_tokens_too(batch):
