@@ -24,8 +24,9 @@ from medvit.records import EXIT_DONE, EXIT_QUARANTINE, UsageError
 EPILOG = """
 what it writes into DIR:
   gradient_error.csv   a row for each way of leaving something out at each point: keep (share of the patch tokens),
-                       patch (px; empty: the model's own), tokens_share, bias2, variance, cost (of the uncompressed
-                       time), ca_mse (bias2 + cost * variance: what is least is best), cosine, steps compared
+                       patch (px; empty: the model's own), tokens_share, bias2 and its standard error, variance, cost
+                       (of the uncompressed time), ca_mse (bias2 + cost * variance: what is least is best), cosine,
+                       steps compared
   gradient_error.png   the same as a picture
   schedule.yaml        the configuration with objective.acceleration set (and training.patience 0, which might end a
                        training before it has seen whole slices again), for medvit-train --config
@@ -101,18 +102,24 @@ def write(errors: Sequence[training.GradientError], config: Config, output: Path
 def show(errors: Sequence[training.GradientError], scheduled: Config, output: Path) -> None:
     """The best at each point, the schedule, and where everything is."""
     table = Table(title=f"best at equal compute, of {errors[0].steps} steps each", title_justify="left")
-    for heading in ("progress", "tokens kept", "patch", "share of tokens", "cost", "error", "cosine"):
+    for heading in ("progress", "tokens kept", "patch", "share of tokens", "cost", "error", "of it bias²", "cosine"):
         table.add_column(heading, justify="right")
     for progress in sorted({error.progress for error in errors}):
         stage = [error for error in errors if error.progress == progress]
         whole, best = stage[0], min(stage, key=lambda error: error.ca_mse)  # the uncompressed comes first
         kept, patch = f"{100 * best.compression.keep:g} %", str(best.compression.patch or "own")
-        figures = (best.tokens_share, best.cost, best.ca_mse / whole.ca_mse, best.cosine)
-        table.add_row(f"{100 * progress:.0f} %", kept, patch, *(f"{figure:.2f}" for figure in figures))
+        share, cost, error, cosine = (
+            f"{figure:.2f}" for figure in (best.tokens_share, best.cost, best.ca_mse / whole.ca_mse, best.cosine)
+        )
+        bias = f"{best.bias2 / whole.ca_mse:.2f} ± {best.bias2_error / whole.ca_mse:.2f}"
+        table.add_row(f"{100 * progress:.0f} %", kept, patch, share, cost, error, bias, cosine)
     console = tables()
     console.print(table)
     acceleration = scheduled.objective.acceleration
-    lines = ["error: bias² + cost × variance, of that of whole slices. Below 1, leaving something out pays."]
+    lines = [
+        "error: bias² + cost × variance, of that of whole slices. Below 1, leaving something out pays; where the "
+        "standard error of bias² (±) is as large as the gain, more --steps would tell."
+    ]
     if acceleration is None:
         lines.append("schedule     none: leaving something out pays at no point")
     else:

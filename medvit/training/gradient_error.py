@@ -8,6 +8,7 @@ counted in tokens: equal numbers of steps are no fair comparison, and neither ar
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations_with_replacement, pairwise
@@ -43,6 +44,7 @@ class GradientError:
         cost: median time of forward and backward, of the uncompressed time.
         cosine: between the mean gradient and the uncompressed one: readable, and not corrected for scatter.
         steps: that were compared.
+        bias2_error: standard error of `bias2`; NaN where it is not known.
     """
 
     progress: float
@@ -53,6 +55,7 @@ class GradientError:
     cost: float
     cosine: float
     steps: int
+    bias2_error: float = math.nan
 
     @property
     def ca_mse(self) -> float:
@@ -75,6 +78,17 @@ def squared_bias(differences: Floats) -> float:
         raise ValueError(f"a squared bias needs two independent steps or more, got {J}")
     own = float((differences**2).sum())
     return float((differences.sum(axis=0) ** 2).sum() - own) / (J * (J - 1))
+
+
+def squared_bias_error(differences: Floats) -> float:
+    """Standard error of `squared_bias` by the jackknife, (J, M); NaN for fewer than three steps."""
+    J = len(differences)
+    if J < 3:
+        return math.nan
+    own = (differences**2).sum(axis=1)
+    sums = differences.sum(axis=0) - differences  # without each step in turn
+    left = ((sums**2).sum(axis=1) - (own.sum() - own)) / ((J - 1) * (J - 2))
+    return math.sqrt((J - 1) * float(left.var()))
 
 
 def total_variance(gradients: Floats) -> float:

@@ -36,6 +36,7 @@ from medvit.training.gradient_error import (
     Projection,
     cosine,
     squared_bias,
+    squared_bias_error,
     total_variance,
 )
 
@@ -132,7 +133,7 @@ def default_compressions(sizes: Collection[int], own: int) -> list[Compression]:
 
 def write_errors(errors: Sequence[GradientError], path: Path) -> None:
     """gradient_error.csv: a row for each compression at each point."""
-    columns = ("tokens_share", "bias2", "variance", "cost", "ca_mse", "cosine")
+    columns = ("tokens_share", "bias2", "bias2_error", "variance", "cost", "ca_mse", "cosine")
     with path.open("w", encoding="utf-8", newline="") as stream:
         writer = csv.writer(stream)
         writer.writerow(("progress", "keep", "patch", *columns, "steps"))
@@ -190,6 +191,7 @@ def measure_errors(
             cost=float(np.median(seconds[one])) / took,
             cosine=cosine(own.mean(axis=0), reference.mean(axis=0)),
             steps=len(own),
+            bias2_error=squared_bias_error(own - reference),
         )
         for one, own in ((one, np.stack(gradients[one])) for one in compared)
     ]

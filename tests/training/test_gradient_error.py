@@ -17,6 +17,7 @@ from medvit.training.gradient_error import (
     cosine,
     derive_schedule,
     squared_bias,
+    squared_bias_error,
     total_variance,
 )
 
@@ -60,6 +61,16 @@ def test_it_is_the_mean_over_all_ways_of_halving():
         other = [step for step in range(6) if step not in half]
         products.append(differences[list(half)].mean(axis=0) @ differences[other].mean(axis=0))
     assert squared_bias(differences) == pytest.approx(np.mean(products))
+
+
+def test_the_standard_error_is_the_scatter_of_repetitions():
+    rng, found = np.random.default_rng(3), []
+    for _ in range(1500):
+        exact, rough = quadratic(rng, 12, shrink=0.7, extra=0.5)
+        found.append((squared_bias(rough - exact), squared_bias_error(rough - exact)))
+    estimates, errors_told = np.array(found).T
+    assert np.sqrt((errors_told**2).mean()) == pytest.approx(estimates.std(), rel=0.15)
+    assert np.isnan(squared_bias_error(np.ones((2, 3))))
 
 
 def test_one_step_has_no_halves():
