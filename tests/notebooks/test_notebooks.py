@@ -8,7 +8,7 @@ from nbclient import NotebookClient
 NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
 
 
-SHORT = {"LEARN, ADAPT = 14, 42": "LEARN, ADAPT = 1, 2"}
+SHORT = {"LEARN, ADAPT = 14, 42": "LEARN, ADAPT = 1, 2", "PRETRAIN = 30": "PRETRAIN = 3", "TUNE = 12": "TUNE = 2"}
 """Epochs of a notebook -> epochs that show no more than that it runs."""
 
 
