@@ -469,8 +469,9 @@ class Config(_Section):
             raise ValueError(f"objective.name {name} keeps the last epoch: set training.select=last, patience=0")
         if name != "mae" and views.count != 2:
             raise ValueError(f"objective.name {name} compares two views of a slice: set data.views.count=2")
-        if name == "mae" and self.objective.acceleration is not None:
-            raise ValueError("objective.name mae hides patches itself: leave out objective.acceleration")
+        steps = self.objective.acceleration.schedule if self.objective.acceleration else ()
+        if name == "mae" and any(step.patch is not None for step in steps):
+            raise ValueError("objective.name mae tells pixels of patches of one size: accelerate it by `keep` alone")
         if name != "dino" and views.local:
             raise ValueError(f"objective.name {name} has no use for small crops: set data.views.local=0")
         if name in ("simclr", "mocov3") and self.training.batch_size < 3:  # of 2, the last batch may be a single case

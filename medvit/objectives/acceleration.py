@@ -97,11 +97,6 @@ class Accelerated(Objective):
 
     def _check(self) -> None:
         backbone = self.classifier.backbone
-        if not self.objective.any_patch and any(step.patch is not None for step in self.config.schedule):
-            raise UsageError(
-                f"objective.acceleration: {type(self.objective).__name__} is about patches of one size. Leave out "
-                "`patch`, and give `keep` alone."
-            )
         for step in self.config.schedule:
             check_compression(backbone.model, compression_of(step), backbone.size)
         check_relaxing(self.config.schedule, backbone.patch)

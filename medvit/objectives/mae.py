@@ -38,8 +38,6 @@ class Mae(Objective):
         task: not used.
     """
 
-    any_patch = False  # the decoder tells the pixels of patches of one side
-
     def __init__(self, classifier: CtClassifier, config: ObjectiveConfig, task: Task) -> None:
         super().__init__()
         self.classifier, self.share = classifier, config.pretraining.mask_share

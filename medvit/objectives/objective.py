@@ -39,8 +39,6 @@ class Objective(nn.Module):
     """
 
     classifier: CtClassifier
-    any_patch = True
-    """Whether its loss is the same task whatever the side of patches."""
 
     def totals(self, batch: Batch) -> Tensor:
         """What this batch adds to each normaliser of the loss, (T,); `totals` is not yet in the batch."""

@@ -241,9 +241,13 @@ WRONG = {
     "frozen": (["training.stages.0.trainable=head"], "trainable=all"),
     "alone": (["training.batch_size=2"], "batch_size must be 3"),
     "small crops": (["data.views.local=2"], "no use for small crops"),
-    "hidden twice": (
-        ["--config", "pretrain_mae", "objective.acceleration={schedule: [{from_progress: 0}]}"],
-        "hides patches itself",
+    "larger patches": (
+        [
+            "--config",
+            "pretrain_mae",
+            "objective.acceleration={schedule: [{from_progress: 0, patch: 16}, {from_progress: 0.5}]}",
+        ],
+        "patches of one size",
     ),
     "patch": (["--config", "pretrain_dino", "data.views.local_size=20"], "no multiple of the model's patch"),
     "sweep": (["--sweep", "rates"], "--sweep"),

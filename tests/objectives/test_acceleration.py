@@ -109,11 +109,6 @@ def test_every_objective_learns_from_fewer_tokens(name, batch):
     assert all(p.grad.isfinite().all() for p in objective.parameters() if p.grad is not None)
 
 
-def test_pixels_of_patches_of_one_size_are_not_told_from_larger_ones():
-    with pytest.raises(UsageError, match="Mae is about patches of one size"):
-        make("mae", RELAXING)
-
-
 @pytest.mark.parametrize("name", PRETRAINING)
 def test_what_beside_the_classifier_has_a_size_follows_it(name):
     objective = make(name, ONE_SIZE)
