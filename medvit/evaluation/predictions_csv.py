@@ -39,7 +39,7 @@ def predictions_csv(rows: Callable[[], Iterable[Row]], columns: Iterable[str] = 
     """The text of predictions.csv, a row at a time: contract column order, optional columns only where known.
 
     Args:
-        rows: called twice, for what columns there are and for what is in them: they need not be in memory together.
+        rows: called anew for what columns there are and for what is in them: they need not be in memory together.
         columns: which there are in any case, but for the optional ones.
     """
     seen = {name: None for name in columns if name not in OPTIONAL}

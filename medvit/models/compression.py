@@ -196,12 +196,17 @@ def drop_tokens(tokens: Tensor, keep: float, prefix: int) -> Tensor:
 
     PatchDropout (Liu et al. 2023, arXiv 2208.07220). After the position embedding: what is left knows its place.
     """
-    B, N, D = tokens.shape
+    B, N, _ = tokens.shape
     kept = kept_tokens(keep, N - prefix)
     if kept == N - prefix:
         return tokens
     chosen = torch.rand(B, N - prefix, device=tokens.device).argsort(dim=1)[:, :kept]
-    patches = tokens[:, prefix:].gather(1, chosen[:, :, None].expand(-1, -1, D))
+    return take_patches(tokens, chosen, prefix)
+
+
+def take_patches(tokens: Tensor, chosen: Tensor, prefix: int) -> Tensor:
+    """All prefix tokens and the chosen patches (B, K), in that order: (B, N, D) -> (B, prefix + K, D)."""
+    patches = tokens[:, prefix:].gather(1, chosen[:, :, None].expand(-1, -1, tokens.shape[-1]))
     return torch.cat([tokens[:, :prefix], patches], dim=1)
 
 

@@ -9,12 +9,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from timm.layers import Format
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from medvit.models.backbone import Backbone
+from medvit.models.compression import take_patches
 from medvit.records import UsageError
 
 
@@ -54,8 +54,7 @@ def encode_patches(backbone: Backbone, slices: Tensor, kept: Tensor) -> Tensor:
     model, prefix = plain_vit(backbone), backbone.prefix_tokens
 
     def choose(_module: nn.Module, _given: tuple[Tensor, ...], tokens: Tensor) -> Tensor:
-        patches = tokens[:, prefix:].gather(1, kept[:, :, None].expand(-1, -1, tokens.shape[-1]))
-        return torch.cat([tokens[:, :prefix], patches], dim=1)
+        return take_patches(tokens, kept, prefix)
 
     # where timm drops patches itself: behind the position embedding, before the first block
     hook = model.patch_drop.register_forward_hook(choose)

@@ -271,20 +271,9 @@ class Experiment:
             classes=self.classes,
             training_range=training_range(self.cases),
             refuse=self.config.inference.refuse,
-            provenance=self._provenance(),
+            provenance=provenance(self.config, self.cases, self.weights),
         )
         return Model(Encoder(classifier, prep, mean, std, self.config.inference.batch_slices), info)
-
-    def _provenance(self) -> dict[str, str]:
-        return {
-            "medvit": __version__,
-            "torch": torch.__version__,
-            "seed": str(self.config.training.seed),
-            "cases": str(len(self.cases)),
-            "patients": str(len({case.patient_id for case in self.cases})),
-            "pretrained": self.weights.source,
-            "pretrained_sha256": self.weights.sha256,
-        }
 
     def _learning(self, model: Model, train: Indices, target: Indices) -> tuple[Objective, CaseDataset]:
         if not self.config.objective.adapts:  # the same split without adaptation: the baseline
@@ -358,6 +347,19 @@ def stages_of(classifier: CtClassifier, stages: Sequence[Stage]) -> list[str]:
         what = f"{trainable:,} of {everything:,} parameters learn"
         lines.append(f"stage {stage.name}: {stage.epochs} epochs{size}, {what}")
     return lines
+
+
+def provenance(config: Config, cases: Sequence[Case], weights: WeightReport) -> dict[str, str]:
+    """What a bundle tells about the run that made it, without identity."""
+    return {
+        "medvit": __version__,
+        "torch": torch.__version__,
+        "seed": str(config.training.seed),
+        "cases": str(len(cases)),
+        "patients": str(len({case.patient_id for case in cases})),
+        "pretrained": weights.source,
+        "pretrained_sha256": weights.sha256,
+    }
 
 
 def training_range(cases: Sequence[Case]) -> TrainingRange:

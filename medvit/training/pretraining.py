@@ -18,7 +18,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from medvit import __version__
 from medvit.config import Config
 from medvit.data.cache import SliceCache
 from medvit.data.dataset import collate
@@ -34,7 +33,7 @@ from medvit.objectives import Objective, Task, build_objective
 from medvit.records import Case, UsageError
 from medvit.training import processes
 from medvit.training.collapse import examine
-from medvit.training.experiment import Timing, stages_of, training_range
+from medvit.training.experiment import Timing, provenance, stages_of, training_range
 from medvit.training.loop import Run, fit
 from medvit.training.material import Labels, Reporter
 from medvit.training.normalising import mean_and_std
@@ -215,14 +214,6 @@ class Pretraining:
             std=learning.std,
             classes=(),
             training_range=training_range(learning.dataset.cases),
-            provenance={
-                "medvit": __version__,
-                "torch": torch.__version__,
-                "objective": self.config.objective.name,
-                "seed": str(self.config.training.seed),
-                "cases": str(len(learning.dataset.cases)),
-                "patients": str(len({case.patient_id for case in learning.dataset.cases})),
-                "pretrained": learning.weights.source,
-                "pretrained_sha256": learning.weights.sha256,
-            },
+            provenance=provenance(self.config, learning.dataset.cases, learning.weights)
+            | {"objective": self.config.objective.name},
         )
