@@ -401,6 +401,12 @@ class Config(_Section):
     inference: InferenceConfig = InferenceConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
 
+    @property
+    def sizes(self) -> set[int]:
+        """Sides of all that the model is shown in training, px: slices of every stage, and small crops of them."""
+        crops = {self.data.views.local_size} if self.objective.pretrains and self.data.views.local else set()
+        return {stage.size or self.preprocessing.size for stage in self.training.stages} | crops
+
     @model_validator(mode="after")
     def _folds_hold_out(self) -> Config:
         if self.data.folds == 1:
@@ -439,7 +445,7 @@ class Config(_Section):
                 "training.patience may end a training before it has seen whole slices again: it must be 0 with "
                 "objective.acceleration"
             )
-        for size in {stage.size or self.preprocessing.size for stage in self.training.stages}:
+        for size in self.sizes:
             for step in self.objective.acceleration.schedule:
                 if step.patch is not None and size % step.patch:
                     raise ValueError(

@@ -17,7 +17,7 @@ from rich.table import Table
 from medvit import data, training
 from medvit.cli.console import Display, Parser, command, tables
 from medvit.cli.study import add_label_arguments, prepare, set_aside, show_study
-from medvit.cli.train import judge
+from medvit.cli.train import supervised, unsupervised
 from medvit.config import AccelerationConfig, Config, load_config
 from medvit.records import EXIT_DONE, EXIT_QUARANTINE, UsageError
 
@@ -31,6 +31,9 @@ what it writes into DIR:
   schedule.yaml        the configuration with objective.acceleration set (and training.patience 0, which might end a
                        training before it has seen whole slices again), for medvit-train --config
 
+with a config pretrain_* no labels are needed. A teacher (mocov3, dino) sees whole slices, and half of the cost stays:
+objective.acceleration={symmetric: true, schedule: [{from_progress: 0}]} measures what it is to see as little.
+
 a schedule is advice from a few batches of a short training: bias2 may come out below 0 where there is little of it.
 What is small may be lost with the tokens, and the mean does not show it: train both ways, and compare class by class:
   medvit-evaluate runs/fast --baseline plain=runs/plain/predictions.csv --output report
@@ -38,6 +41,7 @@ What is small may be lost with the tokens, and the mean does not show it: train 
 examples:
   medvit-schedule /exports/ct --labels labels.csv --output schedule
   medvit-schedule /exports/ct --labels labels.csv --config staged --epochs 12 --output schedule training.batch_size=4
+  medvit-schedule /exports/ct --config pretrain_simclr --output schedule
   medvit-train /exports/ct --labels labels.csv --config schedule/schedule.yaml --output runs/fast
 """
 
@@ -65,19 +69,16 @@ def main(argv: list[str] | None = None) -> int:
         raise UsageError(f"--epochs {arguments.epochs}, --steps {arguments.steps}: give 4 or more of each.")
     with Display() as display, tempfile.TemporaryDirectory(prefix="medvit-") as scratch:
         cache_dir = config.data.cache_dir or data.default_cache_dir(Path(scratch))
-        study = prepare(arguments, cache_dir, config.preprocessing, display, config.data.target_sites)
-        folds = data.make_folds(study.cases, config.data, config.training.seed)
-        show_study(study, folds[:1], display)
-        experiment = training.Experiment(
-            config=config,
-            cases=study.cases,
-            classes=study.manifest.classes,
-            slices=study.cache,
-            folder=Path(scratch),
-            judge=judge(config),
-            reporter=training.Reporter(start=display.start, step=display.step, say=display.say),
-        )
-        errors = training.run_pilot(experiment, folds[0], epochs=arguments.epochs, steps=arguments.steps)
+        pretrains, sites = config.objective.pretrains, config.data.target_sites
+        study = prepare(arguments, cache_dir, config.preprocessing, display, sites, unlabelled=pretrains)
+        if pretrains:
+            fold = data.split_patients(study.cases, config.data, config.training.seed)
+        else:
+            fold = data.make_folds(study.cases, config.data, config.training.seed)[0]
+        show_study(study, [fold], display)
+        set_up = unsupervised if pretrains else supervised
+        experiment = set_up(study, config, Path(scratch), display)
+        errors = training.run_pilot(experiment, fold, epochs=arguments.epochs, steps=arguments.steps)
     scheduled = write(errors, config, arguments.output)
     show(errors, scheduled, arguments.output)
     return EXIT_QUARANTINE if set_aside(study) else EXIT_DONE
@@ -89,7 +90,9 @@ def write(errors: Sequence[training.GradientError], config: Config, output: Path
     training.write_errors(errors, output / "gradient_error.csv")
     training.draw_errors(errors).savefig(output / "gradient_error.png", dpi=150)
     schedule = training.derive_schedule(errors)
-    acceleration = AccelerationConfig(schedule=schedule) if len(schedule) > 1 else None
+    given = config.objective.acceleration
+    symmetric = given is not None and given.symmetric
+    acceleration = AccelerationConfig(schedule=schedule, symmetric=symmetric) if len(schedule) > 1 else None
     objective = config.objective.model_copy(update={"acceleration": acceleration})
     # an early end might come before whole slices do
     patience = config.training.patience if acceleration is None else 0

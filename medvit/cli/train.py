@@ -87,16 +87,7 @@ def train(arguments: argparse.Namespace, config: Config) -> int:
         cache_dir = config.data.cache_dir or data.default_cache_dir(output)
         study = prepare(arguments, cache_dir, config.preprocessing, display, config.data.target_sites)
         folds = data.make_folds(study.cases, config.data, config.training.seed)
-        experiment = training.Experiment(
-            config=config,
-            cases=study.cases,
-            classes=study.manifest.classes,
-            slices=study.cache,
-            folder=output,
-            judge=judge(config),
-            reporter=training.Reporter(start=display.start, step=display.step, say=display.say),
-            resume=arguments.resume,
-        )
+        experiment = supervised(study, config, output, display, resume=arguments.resume)
         show_study(study, folds, display)
         if arguments.dry_run:
             show_estimate(experiment, folds, display)
@@ -122,17 +113,7 @@ def pretrain(arguments: argparse.Namespace, config: Config, output: Path, displa
     cache_dir = config.data.cache_dir or data.default_cache_dir(output)
     study = prepare(arguments, cache_dir, config.preprocessing, display, unlabelled=True)
     fold = data.split_patients(study.cases, config.data, config.training.seed)
-    classes = study.manifest.classes
-    pretraining = training.Pretraining(
-        config=config,
-        cases=study.cases,
-        classes=classes,
-        slices=study.cache,
-        folder=output,
-        probe=evaluation.probe_online if classes else None,
-        reporter=training.Reporter(start=display.start, step=display.step, say=display.say, epoch=telling(display)),
-        resume=arguments.resume,
-    )
+    pretraining = unsupervised(study, config, output, display, resume=arguments.resume)
     show_study(study, [fold], display)
     if arguments.dry_run:
         show_minutes(config, [len(fold.train)], pretraining.time_step(fold.train), 0, display)
@@ -145,6 +126,38 @@ def pretrain(arguments: argparse.Namespace, config: Config, output: Path, displa
         print(f"backbone     {output / 'bundle'}\ntrain it     --labels CSV model.name={name} model.weights={output}")
     processes.wait()
     return EXIT_QUARANTINE if set_aside(study) else EXIT_DONE
+
+
+def supervised(
+    study: Study, config: Config, folder: Path, display: Display, *, resume: bool = False
+) -> training.Experiment:
+    """A training that writes into a folder, judged as evaluation judges."""
+    return training.Experiment(
+        config=config,
+        cases=study.cases,
+        classes=study.manifest.classes,
+        slices=study.cache,
+        folder=folder,
+        judge=judge(config),
+        reporter=training.Reporter(start=display.start, step=display.step, say=display.say),
+        resume=resume,
+    )
+
+
+def unsupervised(
+    study: Study, config: Config, folder: Path, display: Display, *, resume: bool = False
+) -> training.Pretraining:
+    """A pretraining that writes into a folder, judged by labels where there are some."""
+    return training.Pretraining(
+        config=config,
+        cases=study.cases,
+        classes=study.manifest.classes,
+        slices=study.cache,
+        folder=folder,
+        probe=evaluation.probe_online if study.manifest.classes else None,
+        reporter=training.Reporter(start=display.start, step=display.step, say=display.say, epoch=telling(display)),
+        resume=resume,
+    )
 
 
 def telling(display: Display) -> Callable[[dict[str, Any]], None]:

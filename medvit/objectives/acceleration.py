@@ -58,7 +58,7 @@ class Accelerated(Objective):
         if self.classifier.backbone.size != self.checked_size:
             self._check()
         compression = compression_at(self.config.schedule, progress)
-        with self._compressed(compression):
+        with sparing(self.objective, compression, symmetric=self.config.symmetric):
             result: dict[str, Tensor] = self.objective(batch, progress)
         backbone = self.classifier.backbone
         seen = compression if backbone.training else NONE  # a frozen one sees whole slices
@@ -84,23 +84,30 @@ class Accelerated(Objective):
         """The objective's own."""
         return self.objective.encoder()
 
-    @contextmanager
-    def _compressed(self, compression: Compression) -> Iterator[None]:
-        student = self.classifier.backbone
-        with ExitStack() as stack:
-            stack.enter_context(compressed(student, compression))
-            if self.config.symmetric:
-                for module in self.objective.modules():
-                    if isinstance(module, Backbone) and module is not student:
-                        stack.enter_context(compressed(module, compression, resting=self.training))
-            yield
-
     def _check(self) -> None:
         backbone = self.classifier.backbone
         for step in self.config.schedule:
             check_compression(backbone.model, compression_of(step), backbone.size)
         check_relaxing(self.config.schedule, backbone.patch)
         self.checked_size = backbone.size
+
+
+@contextmanager
+def sparing(objective: Objective, compression: Compression, *, symmetric: bool) -> Iterator[None]:
+    """Within, the backbone that learns sees compressed slices; other backbones of the objective whole ones.
+
+    Args:
+        objective: not accelerated itself.
+        compression: of what its `classifier.backbone` sees in training mode.
+        symmetric: the others (a teacher, a momentum encoder) see as little.
+    """
+    student = objective.classifier.backbone
+    with ExitStack() as stack:
+        stack.enter_context(compressed(student, compression))
+        for module in objective.modules() if symmetric else ():
+            if isinstance(module, Backbone) and module is not student:
+                stack.enter_context(compressed(module, compression, resting=objective.training))
+        yield
 
 
 def compression_of(step: AccelerationStep) -> Compression:

@@ -38,6 +38,8 @@ class Mae(Objective):
         task: not used.
     """
 
+    patches_vary = False  # pixels are told patch by patch
+
     def __init__(self, classifier: CtClassifier, config: ObjectiveConfig, task: Task) -> None:
         super().__init__()
         self.classifier, self.share = classifier, config.pretraining.mask_share

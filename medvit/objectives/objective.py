@@ -40,6 +40,9 @@ class Objective(nn.Module):
 
     classifier: CtClassifier
 
+    patches_vary = True
+    """Whether slices may be embedded by patches of another size than the model's own."""
+
     def totals(self, batch: Batch) -> Tensor:
         """What this batch adds to each normaliser of the loss, (T,); `totals` is not yet in the batch."""
         return batch["label"].new_tensor([len(batch["label"])], dtype=torch.float32)

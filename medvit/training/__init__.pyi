@@ -1,7 +1,6 @@
 from .experiment import Experiment as Experiment
 from .experiment import Judge as Judge
 from .experiment import Result as Result
-from .experiment import Timing as Timing
 from .gradient_chart import draw_errors as draw_errors
 from .gradient_error import GradientError as GradientError
 from .gradient_error import derive_schedule as derive_schedule
@@ -11,3 +10,4 @@ from .material import Reporter as Reporter
 from .pilot import run_pilot as run_pilot
 from .pilot import write_errors as write_errors
 from .pretraining import Pretraining as Pretraining
+from .timing import Timing as Timing

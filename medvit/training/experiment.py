@@ -22,7 +22,7 @@ import torch
 from medvit import __version__
 from medvit.config import Config, Stage
 from medvit.data.cache import SliceCache
-from medvit.data.dataset import CaseDataset, collate
+from medvit.data.dataset import CaseDataset
 from medvit.data.splits import Fold, Indices
 from medvit.inference import Encoder, Judged, Model, softmax
 from medvit.models.bundle import save_bundle
@@ -38,6 +38,10 @@ from medvit.training.loop import Run, fit
 from medvit.training.material import Floats, Labels, Material, Reporter
 from medvit.training.normalising import mean_and_std
 from medvit.training.state import History, Metrics
+from medvit.training.timing import Timing, time_step
+
+Watch = Callable[[Objective, CaseDataset], None]
+"""Looks at what is trained, and at what it is trained on."""
 
 
 @dataclass(frozen=True)
@@ -81,13 +85,6 @@ class Result:
     def predictions(self) -> tuple[Prediction, ...]:
         """Of the held-out cases."""
         return tuple(one.prediction for one in self.judged)
-
-
-class Timing(NamedTuple):
-    """Seconds: to prepare one case once (features of a frozen backbone), and for one training step."""
-
-    prepare_case: float
-    step: float
 
 
 @dataclass
@@ -167,9 +164,7 @@ class Experiment:
         ]
         return FoldResult(raw, judged, history, model)
 
-    def fit_fold(
-        self, fold: Fold, folder: Path, name: str, watch: Callable[[Objective, CaseDataset], None] | None = None
-    ) -> tuple[Model, History]:
+    def fit_fold(self, fold: Fold, folder: Path, name: str, watch: Watch | None = None) -> tuple[Model, History]:
         """Train on one fold without a look at its test cases.
 
         Args:
@@ -225,19 +220,10 @@ class Experiment:
         everyone = np.arange(len(few.cases))
         model = few._model(everyone)
         objective = self._objective(model.encoder.classifier, train, train[:0])
-        last = self.config.training.stages[-1]
-        objective.classifier.set_trainable(last.trainable, last.blocks)
         began = time.perf_counter()
         dataset = few.material.dataset(model.encoder, everyone, everyone[:0])
         prepare = (time.perf_counter() - began) / len(everyone)
-        took = 0.0
-        for _ in range(2):
-            began = time.perf_counter()
-            batch = collate([dataset[index] for index in range(len(dataset))])
-            # at the end, where an accelerated objective sees whole slices: no step costs more
-            objective({**batch, "totals": objective.totals(batch)}, 1.0)["loss"].backward()
-            took = time.perf_counter() - began
-        return Timing(prepare, took)
+        return Timing(prepare, time_step(objective, dataset, self.config.training.stages[-1], len(dataset)))
 
     def _run_settings(self, folder: Path) -> Run:
         return Run(

@@ -11,6 +11,7 @@ import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,9 @@ from torch import Tensor
 from medvit.config import Config
 from medvit.data.dataset import CaseDataset, collate
 from medvit.data.splits import Fold
-from medvit.models.compression import NONE, Compression, check_compression, compressed
+from medvit.models.compression import NONE, Compression, check_compression
 from medvit.objectives import Objective
+from medvit.objectives.acceleration import sparing
 from medvit.objectives.objective import Batch
 from medvit.records import UsageError
 from medvit.training.device import make_fabric
@@ -39,6 +41,7 @@ from medvit.training.gradient_error import (
     squared_bias_error,
     total_variance,
 )
+from medvit.training.pretraining import Pretraining
 
 POINTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Of the pilot, where errors are measured; each falls on the nearest end of an epoch."""
@@ -47,11 +50,12 @@ FEWEST_STEPS = 4
 """Below this, a squared bias is a throw of dice."""
 
 
-def run_pilot(experiment: Experiment, fold: Fold, *, epochs: int, steps: int) -> list[GradientError]:
+def run_pilot(experiment: Experiment | Pretraining, fold: Fold, *, epochs: int, steps: int) -> list[GradientError]:
     """Train on one fold for a while, and measure on the way.
 
     Args:
-        experiment: with the settings of the training; checkpoints go into `folder/pilot`.
+        experiment: with the settings of the training; checkpoints go into `folder/pilot`. Where they are accelerated,
+            only whether a teacher sees as little as its student is taken from that.
         fold: its training cases are used, and its validation cases for the rows of metrics.
         epochs: of the pilot, about: the stages share them in proportion, none with less than one.
         steps: optimizer steps to compare gradients of, at most; always the first ones of the first epoch.
@@ -67,20 +71,22 @@ def run_pilot(experiment: Experiment, fold: Fold, *, epochs: int, steps: int) ->
     stages, found = config.training.stages, list[GradientError]()
     total = sum(stage.epochs for stage in stages)
     points = {round(point * total) for point in POINTS}
-    sizes = {stage.size or config.preprocessing.size for stage in stages}
+    given = experiment.config.objective.acceleration
+    symmetric = given is not None and given.symmetric
     fabric, done = make_fabric(config.training), count()
 
     def watch(objective: Objective, dataset: CaseDataset) -> None:
         epoch, classifier = next(done), objective.classifier
         if epoch == 0:
-            classifier.set_trainable(stages[0].trainable, stages[0].blocks)
+            objective.set_trainable(stages[0].trainable, stages[0].blocks)
         learns = any(parameter.requires_grad for parameter in classifier.backbone.parameters())
         if epoch in points and learns and config.model.trunk_learns:
             experiment.reporter.say(f"comparing gradients after {epoch} of {total} epochs")
             objective.to(fabric.device)
             batches = _first_steps(dataset, config, steps)
-            compressions = default_compressions(sizes, classifier.backbone.patch)
-            found.extend(measure_errors(objective, batches, compressions, epoch / total, fabric))
+            compressions = default_compressions(config.sizes, classifier.backbone.patch)
+            fitting = [one for one in compressions if objective.patches_vary or one.patch is None]
+            found.extend(measure_errors(objective, batches, fitting, epoch / total, fabric, symmetric=symmetric))
 
     replace(experiment, config=config).fit_fold(fold, experiment.folder / "pilot", "pilot", watch)
     if not found:
@@ -149,6 +155,8 @@ def measure_errors(
     compressions: Iterable[Compression],
     progress: float,
     fabric: Fabric,
+    *,
+    symmetric: bool = False,
 ) -> list[GradientError]:
     """Compare gradients of an objective at its present weights; it is left as it was.
 
@@ -162,6 +170,7 @@ def measure_errors(
         compressions: to compare with the uncompressed gradient, which always takes part.
         progress: 0..1, as told to the objective.
         fabric: device and precision.
+        symmetric: other backbones of the objective, its teacher, see as little as the one that learns.
 
     Raises:
         UsageError: the model cannot be compressed so.
@@ -173,12 +182,13 @@ def measure_errors(
         check_compression(backbone.model, one, backbone.size)
     gradients: dict[Compression, list[Floats]] = {one: [] for one in compared}
     seconds: dict[Compression, list[float]] = {one: [] for one in compared}
+    step = partial(_step, objective, progress=progress, fabric=fabric, symmetric=symmetric)
     with _left_as_it_was(objective):
         for number, batches in enumerate(steps):
             for one in compared if number == 0 else ():
-                _step(objective, batches, one, progress, fabric, seed=number)
+                step(batches, one, seed=number)
             for one in compared:
-                seconds[one].append(_step(objective, batches, one, progress, fabric, seed=number))
+                seconds[one].append(step(batches, one, seed=number))
                 gradients[one].append(project(_gradients(objective)))
     reference, took = np.stack(gradients[NONE]), float(np.median(seconds[NONE]))
     return [
@@ -201,16 +211,17 @@ def _step(
     objective: Objective,
     step: Sequence[Batch],
     compression: Compression,
+    *,
     progress: float,
     fabric: Fabric,
-    *,
+    symmetric: bool,
     seed: int,
 ) -> float:
     """Leave the gradient of one step in the parameters; seconds that it took."""
     batches: Any = [fabric.to_device(batch) for batch in step]
     objective.zero_grad()
     torch.manual_seed(seed)
-    with _buffers_put_back(objective), compressed(objective.classifier.backbone, compression):
+    with _buffers_put_back(objective), sparing(objective, compression, symmetric=symmetric):
         _wait_for(fabric)
         began = time.perf_counter()
         totals = torch.stack([objective.totals(batch) for batch in batches]).sum(dim=0)

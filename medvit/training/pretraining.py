@@ -8,7 +8,6 @@ not know evaluation.
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +19,6 @@ import torch
 
 from medvit.config import Config
 from medvit.data.cache import SliceCache
-from medvit.data.dataset import collate
 from medvit.data.slice_views import ViewDataset
 from medvit.data.splits import Fold, Indices
 from medvit.inference import Encoder
@@ -33,11 +31,12 @@ from medvit.objectives import Objective, Task, build_objective
 from medvit.records import Case, UsageError
 from medvit.training import processes
 from medvit.training.collapse import examine
-from medvit.training.experiment import Timing, provenance, stages_of, training_range
+from medvit.training.experiment import Watch, provenance, stages_of, training_range
 from medvit.training.loop import Run, fit
 from medvit.training.material import Labels, Reporter
 from medvit.training.normalising import mean_and_std
 from medvit.training.state import History, Metrics
+from medvit.training.timing import Timing, time_step
 
 _log = logging.getLogger(__name__)
 
@@ -86,40 +85,58 @@ class Pretraining:
         Raises:
             UsageError: fewer than two training patients, small crops that are no multiple of the patch, and as `fit`.
         """
-        learning = self._learning(fold.train)
-        objective, training = learning.objective, self.config.training
-        for line in stages_of(objective.classifier, training.stages):
-            self.reporter.say(line)
-        batches = -(-len(fold.train) // (training.batch_size * processes.count()))
-        self.reporter.start("pretraining", batches * sum(stage.epochs for stage in training.stages))
-        run = Run(
-            folder=self.folder / "checkpoints" / "pretraining",
-            resume=self.resume,
-            workers=self.config.data.workers,
-            on_step=self.reporter.step,
-            on_epoch=self._tell,
-        )
-        history = fit(objective, learning.dataset, training, lambda: self._validate(learning, fold), run)
+        folder = self.folder / "checkpoints" / "pretraining"
+        learning, history = self.fit_fold(fold, folder, "pretraining")
         if processes.first():
-            self._copy_metrics()
-            save_bundle(self.folder / "bundle", self._judged(objective), self._info(learning))
+            self._copy_metrics(folder)
+            save_bundle(self.folder / "bundle", self._judged(learning.objective), self._info(learning))
         processes.wait()
         return history
 
+    def fit_fold(self, fold: Fold, folder: Path, name: str, watch: Watch | None = None) -> tuple[Learning, History]:
+        """Train on the training side.
+
+        Args:
+            fold: its training and validation cases are used.
+            folder: of the checkpoints.
+            name: shown with the progress.
+            watch: called with what is trained, before the first epoch and after each.
+
+        Raises:
+            UsageError: as `run`.
+        """
+        learning, training = self._learning(fold.train), self.config.training
+        objective, dataset = learning.objective, learning.dataset
+        for line in stages_of(objective.classifier, training.stages):
+            self.reporter.say(line)
+        batches = -(-len(fold.train) // (training.batch_size * processes.count()))
+        self.reporter.start(name, batches * sum(stage.epochs for stage in training.stages))
+
+        def tell(row: dict[str, object]) -> None:
+            self._copy_metrics(folder)
+            self.reporter.epoch(row)
+
+        def validate() -> Metrics:
+            if watch is not None:
+                watch(objective, dataset)
+            return self._validate(learning, fold)
+
+        if watch is not None:
+            watch(objective, dataset)
+        run = Run(
+            folder=folder,
+            resume=self.resume,
+            workers=self.config.data.workers,
+            on_step=self.reporter.step,
+            on_epoch=tell,
+        )
+        return learning, fit(objective, dataset, training, validate, run)
+
     def time_step(self, train: Indices) -> Timing:
         """Time one training step on the first batch, after one to warm up."""
-        few = train[: self.config.training.batch_size]
         objective, dataset, *_ = self._learning(train)
-        stage = self.config.training.stages[-1]
-        objective.set_trainable(stage.trainable, stage.blocks)
-        objective.train()
-        took = 0.0
-        for _ in range(2):
-            began = time.perf_counter()
-            batch = collate([dataset[index] for index in range(len(few))])
-            objective({**batch, "totals": objective.totals(batch)}, 0.0)["loss"].backward()
-            took = time.perf_counter() - began
-        return Timing(0.0, took)
+        training = self.config.training
+        return Timing(0.0, time_step(objective, dataset, training.stages[-1], training.batch_size))
 
     def _learning(self, train: Indices) -> Learning:
         """A model with the weights that the config names, its objective, and views of the training cases."""
@@ -197,13 +214,9 @@ class Pretraining:
 
         return processes.shared(chosen.tolist(), encode)
 
-    def _tell(self, row: dict[str, object]) -> None:
-        self._copy_metrics()
-        self.reporter.epoch(row)
-
-    def _copy_metrics(self) -> None:
+    def _copy_metrics(self, folder: Path) -> None:
         """The rows of all epochs so far, before a resume or after it, where people look for them."""
-        rows = (self.folder / "checkpoints" / "pretraining" / "metrics.jsonl").read_bytes()
+        rows = (folder / "metrics.jsonl").read_bytes()
         write_whole(self.folder / "metrics.jsonl", rows)
 
     def _info(self, learning: Learning) -> BundleInfo:

@@ -69,6 +69,31 @@ def test_what_was_found_is_said(made, told):
         assert words in told.getvalue()
 
 
+SMALL = ["objective.pretraining.hidden=16", "objective.pretraining.width=8", "objective.pretraining.decoder_width=32"]
+SEEN = "objective.acceleration={symmetric: true, schedule: [{from_progress: 0}]}"
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "patches"),
+    [
+        ("simclr", [], {"", "16"}),
+        ("mocov3", [SEEN], {"", "16"}),
+        ("dino", ["data.views.local_size=24", "objective.pretraining.prototypes=12"], {""}),  # 16 does not divide 24
+        ("mae", [], {""}),  # its pixels are told by patches of one size
+    ],
+)
+def test_pretraining_is_scheduled_without_labels(name, words, patches, site, tmp_path):
+    given = [str(site.folder), "--config", f"pretrain_{name}", "--output", str(tmp_path), *TINY, *SMALL, *words]
+    assert schedule.main([*given, "--epochs", "4", "--steps", "4"]) == 3
+    with (tmp_path / "gradient_error.csv").open(encoding="utf-8", newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert {row["patch"] for row in rows} == patches
+    assert sorted({row["progress"] for row in rows}) == ["0", "0.25", "0.5", "0.75", "1"]
+    config = load_config(tmp_path / "schedule.yaml")
+    if config.objective.acceleration is not None:
+        assert config.objective.acceleration.symmetric == (name == "mocov3")
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

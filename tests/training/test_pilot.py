@@ -11,6 +11,7 @@ from medvit.config import Config, ModelConfig
 from medvit.models.classifier import build_classifier
 from medvit.models.compression import NONE, Compression, compressed
 from medvit.objectives import Objective
+from medvit.objectives.selfsupervised import slow_copy
 from medvit.records import UsageError
 from medvit.training import pilot
 from medvit.training.device import make_fabric
@@ -146,6 +147,21 @@ def test_cost_is_measured_time_and_not_the_share_of_tokens(fabric, monkeypatch):
     monkeypatch.setattr(pilot.time, "perf_counter", lambda: float(next(ticks)))  # every step takes one tick
     _, few = measure_errors(make_objective(), steps(3), [FEW], 0.5, fabric)
     assert (few.cost, few.tokens_share) == (1.0, 0.25)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_a_teacher_sees_whole_slices_unless_it_is_to_see_as_little(fabric, symmetric):
+    objective, seen = make_objective(), []
+    objective.teacher = slow_copy(objective.classifier.backbone)
+
+    def look(module: Any, given: Any) -> None:
+        with torch.no_grad():
+            seen.append(module.teacher.tokens(given[0]["input"][:, 0]).shape[1] - 1)
+
+    objective.register_forward_pre_hook(look)
+    measure_errors(objective, [step[:1] for step in steps(2)], [FEW], 0.5, fabric, symmetric=symmetric)
+    assert set(seen) == ({4, 1} if symmetric else {4})  # of 4 patches
+    assert not objective.teacher.training
 
 
 def test_the_slowest_round_does_not_count(fabric, monkeypatch):
