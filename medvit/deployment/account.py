@@ -17,22 +17,25 @@ from medvit.records import REASONS, Outcome, ReasonCode
 
 
 def account_files(
-    inventory: Inventory, studies: Studies, results: Mapping[str, Result], wanted: Wanted
+    inventory: Inventory, studies: Studies, failed: Mapping[str, Result], wanted: Wanted
 ) -> Iterator[FileEntry]:
     """The inventory's entries, corrected by what selection and reading found out.
 
     By path, because a multi-frame file may hold several volumes: it is used where one of them is, else set aside where
     one failed, else not selected. Files of other shards are theirs.
+
+    Args:
+        inventory: of the folder.
+        studies: that were chosen in it.
+        failed: study -> why it has no prediction.
+        wanted: which shard.
     """
-    used, failed = set[str](), dict[str, Result]()
-    for one in studies.listed:
-        result = results.get(one.study)
-        if result is not None and result.state is State.FAILED:
-            failed |= dict.fromkeys(one.case.files, result)
-        else:
-            used.update(one.case.files)
+    lost = {name: failed[one.study] for one in studies.listed if one.study in failed for name in one.case.files}
     held = {name: s for several in studies.unusable.values() for s in several for name in s.files}
     passed = {name: other.detail for other in studies.not_selected for name in other.series.files}
+    doubtful = lost.keys() | held.keys() | passed.keys()  # the names of all other files would be megabytes
+    predicted = (one.case.files for one in studies.listed if one.study not in failed)
+    used = {name for files in predicted for name in files if name in doubtful}
     for entry in inventory.files:
         if not wanted.mine(entry.study_uid or entry.series_uid or entry.path):
             continue
@@ -41,8 +44,8 @@ def account_files(
         elif entry.path in held:
             series = held[entry.path]
             yield entry._replace(outcome=series.outcome, code=next(iter(series.codes), None), detail=series.detail)
-        elif entry.path in failed:
-            yield _failed(entry, failed[entry.path])
+        elif entry.path in lost:
+            yield _failed(entry, lost[entry.path])
         elif entry.path in passed:
             yield entry._replace(outcome=Outcome.SKIP, code=ReasonCode.NOT_SELECTED, detail=passed[entry.path])
         else:

@@ -188,14 +188,14 @@ class Ledger:
 
     def queue(self, found: Iterable[tuple[str, str, str]], now: datetime) -> None:
         """Put studies (study, case_id, fingerprint) on the list, in one transaction; what they had stays till then."""
-        rows = [(*one, now.isoformat()) for one in found]
+        time = now.isoformat()
         with _told(self.path), self._transaction():
             self.connection.executemany(
                 "INSERT INTO result VALUES (?, ?, ?, ?, 'waiting', '{}', '[]', '', '', '', '', '', '', '', '') "
                 "ON CONFLICT (study) DO UPDATE SET case_id = excluded.case_id, fingerprint = excluded.fingerprint, "
                 "queued = excluded.queued, state = 'waiting', code = '', detail = '' "
                 "WHERE state <> 'waiting' OR fingerprint <> excluded.fingerprint OR case_id <> excluded.case_id",
-                rows,
+                ((*one, time) for one in found),
             )
 
     def outdate(self, studies: Iterable[str]) -> None:
