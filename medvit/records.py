@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import lru_cache
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
@@ -276,16 +277,23 @@ class ScanHeader:
     description: str = field(default="", repr=False)
     slice_thickness_mm: float | None = None
 
-    def acquisition(self) -> dict[str, str]:
-        """How it was scanned, as text, without identity."""
-        thickness = "" if self.slice_thickness_mm is None else f"{self.slice_thickness_mm:g}"
-        return {
-            "body_part": self.body_part,
-            "kernel": self.kernel,
-            "manufacturer": self.manufacturer,
-            "contrast": "yes" if self.contrast else "",  # free text, in which people write names
-            "slice_thickness_mm": thickness,
-        }
+    def acquisition(self) -> Mapping[str, str]:
+        """How it was scanned, as text, without identity; the same object for all that were scanned alike."""
+        contrast = bool(self.contrast)  # free text, in which people write names
+        return _acquisition(self.body_part, self.kernel, self.manufacturer, contrast, self.slice_thickness_mm)
+
+
+@lru_cache(maxsize=1024)
+def _acquisition(
+    body_part: str, kernel: str, manufacturer: str, contrast: bool, thickness_mm: float | None
+) -> Mapping[str, str]:
+    return {
+        "body_part": body_part,
+        "kernel": kernel,
+        "manufacturer": manufacturer,
+        "contrast": "yes" if contrast else "",
+        "slice_thickness_mm": "" if thickness_mm is None else f"{thickness_mm:g}",
+    }
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -79,7 +79,7 @@ def to_monai(scan: Scan) -> tuple[npt.NDArray[np.float32], dict[str, Any]]:
         MetaKeys.SPATIAL_SHAPE: np.array(hu.shape),
         MetaKeys.ORIGINAL_CHANNEL_DIM: float("nan"),  # MONAI's way to say that there is none
         "codes": " ".join(scan.codes),
-        "acquisition": scan.header.acquisition(),
+        "acquisition": dict(scan.header.acquisition()),
     }
     return hu, metadata
 

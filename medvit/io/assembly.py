@@ -10,6 +10,7 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -213,12 +214,24 @@ class _Group:
             files=headers.names_of(sources),
             part=number or 0,
             header=_of_phase(part.slices[0].shared.scan, part.phase),
-            shape=volume.shape,
-            spacing_mm=(x_mm, y_mm, z_mm),
+            shape=_one_shape(volume.shape),
+            spacing_mm=_one_spacing((x_mm, y_mm, z_mm)),
             axial=bool(abs(volume.affine[2, 2]) > 0.5 * z_mm),  # within 60 degrees of the body axis
             assume_hu=self.assume_hu,
             stamp=stamp_of((one.path, one.size, one.mtime_ns) for one in sources),
         )
+
+
+@lru_cache(maxsize=1024)
+def _one_shape(shape: tuple[int, int, int]) -> tuple[int, int, int]:
+    """The same object for equal ones: an export has few, of a hundred thousand series."""
+    return shape
+
+
+@lru_cache(maxsize=1024)
+def _one_spacing(spacing_mm: tuple[float, float, float]) -> tuple[float, float, float]:
+    """As `_one_shape`; apart from it, since (2, 2, 2) equals (2.0, 2.0, 2.0)."""
+    return spacing_mm
 
 
 def _of_phase(header: ScanHeader, phase: str) -> ScanHeader:
