@@ -63,6 +63,13 @@ def test_show_draws_one_panel_for_each_window():
     matplotlib.pyplot.close(figure)
 
 
+def test_those_scanned_alike_share_what_says_so():
+    """A hundred thousand cases are in memory at once, and were scanned in a handful of ways."""
+    alike, other = (ScanHeader(kernel="B30f", patient_id=name, contrast="for Mueller") for name in ("1", "2"))
+    assert alike.acquisition() is other.acquisition()
+    assert ScanHeader(kernel="B30f").acquisition() != alike.acquisition()
+
+
 def test_acquisition_holds_no_identity():
     header = ScanHeader(patient_id="Mueller", study_uid="1.2", site="North", kernel="B30f", slice_thickness_mm=2.5)
     assert header.acquisition()["slice_thickness_mm"] == "2.5"
