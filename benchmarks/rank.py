@@ -29,10 +29,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from recipe_contenders import SIZE, configured
-from recipe_run import alone
 from recipe_sets import JUDGE, ROUNDS, SETS, STEP, Cases, prepare_at
 from safetensors.torch import load_file, save_file
 from scipy.stats import kendalltau
+from workers import alone
 
 from medvit import training
 from medvit.config import Config, ModelConfig

@@ -11,13 +11,12 @@ README.md.
 import argparse
 import json
 import math
-import multiprocessing
 import os
 import sys
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,9 +24,10 @@ from typing import Any
 os.environ.setdefault("MEDVIT_SITE_KEY", "benchmarks")  # splits follow the hashes of patients: the same everywhere
 
 from recipe_contenders import CONSTANT, CONTENDERS, GROWING, SIZE, UNTRAINED
-from recipe_run import Job, alone, run
+from recipe_run import Job, run
 from recipe_sets import ROUNDS, SETS, Cases, prepare_at
 from recipe_tables import Runs, claim, compare, curve, recommend
+from workers import workers
 
 FEW = ("frozen probe", "staged + rates")
 """Those who are tried on few patients, and on the sets that illustrate."""
@@ -102,9 +102,7 @@ def work(runs: Runs, plans: Mapping[str, Plan], scratch: Path, shared: Path | No
     weights = str(shared / "weights" / "vit_small_patch14_dinov2.safetensors") if shared else "none"
     if not shared:
         print("no real data: the phantom only", flush=True)
-    alone()
-    pool = ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn"), initializer=alone)
-    try:
+    with workers(processes) as pool:
         for name, plan in plans.items():
             if missing := runs.missing(name):
                 found = SETS[name](scratch / name.replace(" ", "-"), shared / "data" if shared else None)
@@ -114,8 +112,6 @@ def work(runs: Runs, plans: Mapping[str, Plan], scratch: Path, shared: Path | No
                 for future in as_completed([pool.submit(run, job, found, weights) for job in missing]):
                     runs.add(future.result())
                     print(f"  {told(future.result())}", flush=True)
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def told(row: Mapping[str, Any]) -> str:

@@ -1,6 +1,5 @@
 """One run of `recipe.py` through medvit's own door: train on some patients, predict others, and tell the seconds."""
 
-import os
 import shutil
 import tempfile
 import time
@@ -108,9 +107,3 @@ def kept_for_backward(config: Config, classes: int, batch: int = STEP) -> float:
         step["totals"] = objective.totals(step)
         most = max(most, kept_bytes(objective.train(), partial(objective, step, 0.0)))
     return most / 1e6
-
-
-def alone() -> None:
-    """Each process computes on one thread: two of them train more than one with two."""
-    os.environ["OMP_NUM_THREADS"] = "1"
-    torch.set_num_threads(1)

@@ -10,14 +10,13 @@ interrupted benchmark goes on there. What was fixed beforehand is in README.md.
 
 import argparse
 import json
-import multiprocessing
 import os
 import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,10 +28,11 @@ import torch
 from goals import Goal
 from memory import kept_bytes
 from recipe_contenders import SIZE, configured
-from recipe_run import Job, alone, run
+from recipe_run import Job, run
 from recipe_sets import Cases, folded, head_slices, phantom, prepare_at
 from recipe_tables import POWER, Runs, signed
 from torch import Tensor, nn
+from workers import workers
 
 from medvit.config import Config, ModelConfig
 from medvit.evaluation.metrics import Interval
@@ -248,9 +248,7 @@ def show(title: str, rows: Mapping[str, Mapping[str, float]]) -> None:
 def work(runs: Runs, names: Sequence[str], scratch: Path, shared: Path | None, processes: int) -> None:
     """Do the runs that are missing, set by set."""
     weights = str(shared / "weights" / "vit_small_patch14_dinov2.safetensors") if shared else "none"
-    alone()
-    pool = ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn"), initializer=alone)
-    try:
+    with workers(processes) as pool:
         for name in names:
             if missing := runs.missing(name):
                 place = scratch / name.replace(" ", "-")
@@ -262,8 +260,6 @@ def work(runs: Runs, names: Sequence[str], scratch: Path, shared: Path | None, p
                     row = future.result()
                     runs.add(row)
                     print(f"  {row['contender']}, fold {row['round']}: {row['trained_s']:.0f} s", flush=True)
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def compare(runs: Runs, name: str, patients: int) -> dict[str, Any]:
