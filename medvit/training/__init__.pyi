@@ -2,12 +2,12 @@ from .experiment import Experiment as Experiment
 from .experiment import Judge as Judge
 from .experiment import Result as Result
 from .gradient_chart import draw_errors as draw_errors
+from .gradient_chart import write_errors as write_errors
 from .gradient_error import GradientError as GradientError
 from .gradient_error import derive_schedule as derive_schedule
 from .grid import sweep as sweep
 from .loop import fit as fit
 from .material import Reporter as Reporter
 from .pilot import run_pilot as run_pilot
-from .pilot import write_errors as write_errors
 from .pretraining import Pretraining as Pretraining
 from .timing import Timing as Timing

@@ -1,8 +1,10 @@
-"""The picture of gradient errors: how far off, how scattered, and what both come to at the price of each."""
+"""Gradient errors as a picture and a table: how far off, how scattered, and what both come to at the price of each."""
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -79,3 +81,15 @@ def _dress(panel: Axes, title: str) -> None:
     panel.set_title(title, fontsize=10)
     panel.set_xlabel("share of patch tokens")
     panel.spines[["top", "right"]].set_visible(False)
+
+
+def write_errors(errors: Sequence[GradientError], path: Path) -> None:
+    """gradient_error.csv: a row for each compression at each point."""
+    columns = ("tokens_share", "bias2", "bias2_error", "variance", "cost", "ca_mse", "cosine")
+    with path.open("w", encoding="utf-8", newline="") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(("progress", "keep", "patch", *columns, "steps"))
+        for error in errors:
+            figures = (f"{getattr(error, column):.6g}" for column in columns)
+            patch = error.compression.patch or ""
+            writer.writerow((f"{error.progress:g}", error.compression.keep, patch, *figures, error.steps))

@@ -2,8 +2,9 @@
 
 At one price a gradient of relative cost c averages 1 / c times as many steps as the uncompressed one, so its mean
 squared error per unit of compute is bias² + c * variance: the cost-adjusted MSE (Lin et al. 2024, arXiv 2410.22364).
-The compression with the least is the one to train with at that point. Costs are measured (`medvit.training.pilot`), not
-counted in tokens: equal numbers of steps are no fair comparison, and neither are equal numbers of operations.
+The compression with the least is the one to train with at that point. Costs are measured
+(`medvit.training.gradient_measurement`), not counted in tokens: equal numbers of steps are no fair comparison, and
+neither are equal numbers of operations.
 """
 
 from __future__ import annotations
