@@ -20,7 +20,7 @@ from medvit.cli.console import Display, Parser, command, tables
 from medvit.io import phantom
 from medvit.records import EXIT_DONE, EXIT_QUARANTINE, EXIT_UNEXPECTED, UsageError
 
-PATIENTS, EXPORTED = 60, 24
+PATIENTS, EXPORTED = 120, 24
 SEED = 2026
 
 
