@@ -72,6 +72,10 @@ class Accelerated(Objective):
         """The objective's own."""
         self.objective.after_step()
 
+    def complete(self, progress: float) -> bool:
+        """Not before it has seen whole slices for a while."""
+        return progress > self.config.schedule[-1].from_progress and self.objective.complete(progress)
+
     def set_size(self, px: int) -> int:
         """The objective's own."""
         return self.objective.set_size(px)

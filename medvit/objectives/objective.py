@@ -67,6 +67,10 @@ class Objective(nn.Module):
     def after_step(self) -> None:
         """Called after each optimizer step."""
 
+    def complete(self, progress: float) -> bool:
+        """Whether a model that has come so far, 0..1, may be kept: it has met slices as it will be shown them."""
+        return True
+
     def set_size(self, px: int) -> int:
         """Take slices of another size: what beside the classifier has one must follow. See `Backbone.set_size`."""
         return self.classifier.set_size(px)

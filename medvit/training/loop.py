@@ -213,11 +213,14 @@ class _Session:
             self.run.on_epoch(row)
 
     def _judge(self, training: StageTraining) -> Metrics:
-        """Validate, and keep the weights where they are the best so far; weights of another size do not compare."""
+        """Validate, and keep the weights where they are the best so far.
+
+        Weights of another size do not compare, nor do those of an objective that is not complete yet.
+        """
         position, history = self.recovery.position, self.recovery.history
         with training.averaged():
             judged = self.fabric.broadcast(self.validate())
-            if self.dataset.size == self.full:
+            if self.dataset.size == self.full and self.objective.complete((position.epoch + 1) / self.epochs):
                 score = score_of(judged, with_target=self.config.select == "target")
                 position.judge(score)
                 if not self.selects or history.best_epoch == 0 or score > history.best_score:

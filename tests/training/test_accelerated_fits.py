@@ -1,5 +1,7 @@
 """Fits with fewer tokens early: interrupted, accumulated and told of."""
 
+import itertools
+
 import pytest
 
 from medvit.config import Stage
@@ -48,3 +50,12 @@ def test_metrics_tell_how_many_tokens_were_seen(tmp_path):
     shares = [row["tokens_share"] for row in history.rows]
     assert shares == sorted(shares)
     assert (shares[0], shares[5], shares[-1]) == (0.25, 0.5, 1.0)
+
+
+@pytest.mark.parametrize(("epochs", "best"), [(5, 5), (10, 9), (1, 1)])
+def test_a_model_that_never_saw_whole_slices_is_never_the_best(epochs, best, tmp_path):
+    """However good it looks: later epochs are judged worse here, and still the first that saw whole slices is kept."""
+    objective, scores = make_objective(acceleration=ACCELERATION), itertools.count(1)
+    config = training(stages=(Stage(epochs=epochs, lr=1e-3),), select="best")
+    history = fit(objective, make_dataset(), config, lambda: {"auroc": 1 / next(scores)}, Run(folder=tmp_path))
+    assert history.best_epoch == best
