@@ -65,7 +65,7 @@ def run_pilot(experiment: Experiment | Pretraining, fold: Fold, *, epochs: int, 
         if epoch in points and learns and config.model.trunk_learns:
             experiment.reporter.say(f"comparing gradients after {epoch} of {total} epochs")
             objective.to(fabric.device)
-            batches = _first_steps(dataset, config, steps)
+            batches = first_steps(dataset, config, steps)
             compressions = default_compressions(config.sizes, classifier.backbone.patch)
             fitting = [one for one in compressions if objective.patches_vary or one.patch is None]
             found.extend(measure_errors(objective, batches, fitting, epoch / total, fabric, symmetric=symmetric))
@@ -89,20 +89,22 @@ def pilot_config(config: Config, epochs: int) -> Config:
     return config.model_copy(update={"training": training, "objective": objective})
 
 
-def _first_steps(dataset: CaseDataset, config: Config, most: int) -> Iterator[list[dict[str, Tensor]]]:
-    """Batches of the first whole steps of the first epoch.
+def first_steps(dataset: CaseDataset, config: Config, most: int) -> Iterator[list[dict[str, Tensor]]]:
+    """Batches of the first whole steps of the first epoch: as many micro-batches each, of nearly as many cases.
 
     Their cases are all different ones, but for `data.sampling=balanced`, which draws rare ones again: then some of
     their scatter is taken for bias.
+
+    Raises:
+        UsageError: there are fewer than four.
     """
     dataset.epoch = 0  # the loop sets its own before each
     groups = Feeding(dataset, config.training, rank=0, processes=1).groups(0)
-    size = sum(map(len, groups[0]))
-    whole = [group for group in groups if sum(map(len, group)) == size][:most]
+    whole = [group for group in groups if len(group) == len(groups[0])][:most]
     if len(whole) < FEWEST_STEPS:
         raise UsageError(
             f"comparing gradients needs {FEWEST_STEPS} steps of different cases, and an epoch has {len(whole)} whole "
-            f"ones. Set training.batch_size (and accumulate) lower, or give more labelled cases."
+            f"ones. Set training.batch_size (and accumulate) lower, or give more cases."
         )
     return ([collate([dataset[index] for index in batch]) for batch in group] for group in whole)
 

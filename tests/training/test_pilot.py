@@ -3,7 +3,8 @@
 import pytest
 
 from medvit.config import Config
-from medvit.training.pilot import default_compressions, pilot_config
+from medvit.training.pilot import default_compressions, first_steps, pilot_config
+from tests.training.fits import make_dataset, training
 
 
 @pytest.mark.parametrize(
@@ -25,3 +26,16 @@ def test_a_pilot_has_the_stages_of_its_training_and_nothing_accelerated():
     early = Config.model_validate({"training": {"stages": stages, "patience": 2, "select": "best"}})
     assert (pilot_config(early, 8).training.patience, pilot_config(early, 8).training.select) == (0, "last")
     assert [stage.epochs for stage in pilot_config(given, 50).training.stages] == [10, 40]
+
+
+@pytest.mark.parametrize(("cases", "accumulate", "expected"), [(17, 1, 9), (17, 2, 4), (16, 1, 8)])
+def test_steps_that_are_compared_need_not_be_of_equally_many_cases(cases, accumulate, expected):
+    """17 cases in batches of 2 are 8 batches of 2 and one of 1: all are steps. An odd batch alone is half a step."""
+    dataset = make_dataset(cases)
+    config = Config().model_copy(update={"training": training(batch_size=2, accumulate=accumulate)})
+    steps = list(first_steps(dataset, config, most=100))
+    assert len(steps) == expected
+    assert {len(step) for step in steps} == {accumulate}
+    seen = [int(index) for step in steps for batch in step for index in batch["index"]]
+    assert len(seen) == len(set(seen))
+    assert len(list(first_steps(dataset, config, most=4))) == 4
