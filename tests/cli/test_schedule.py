@@ -76,7 +76,6 @@ SEEN = "objective.acceleration={symmetric: true, schedule: [{from_progress: 0}]}
 @pytest.mark.parametrize(
     ("name", "words", "patches"),
     [
-        ("simclr", [], {"", "16"}),
         ("mocov3", [SEEN], {"", "16"}),
         ("dino", ["data.views.local_size=24", "objective.pretraining.prototypes=12"], {""}),  # 16 does not divide 24
         ("mae", [], {""}),  # its pixels are told by patches of one size
