@@ -3,9 +3,10 @@
     MEDVIT_REAL_DATA=/data python benchmarks/pretraining.py [--runs FILE] [--quick]
 
 Small ViTs from random weights on digits, phantom slices and slices of head CT: SimCLR, MoCo v3 and DINO, uncompressed,
-with large patches throughout, and with the schedule that relaxes, for shares of the same processor seconds, three seeds
-each. What was learned (by MAE too) is then fine-tuned on few labelled patients, against random weights. Every run is a
-line of FILE: an interrupted benchmark goes on there. What was fixed beforehand is in README.md.
+with large patches throughout, and with the schedule that relaxes, for shares of the same compute, three seeds each. A
+step of each has a price in processor seconds, measured once, in turns. What was learned (by MAE too) is then fine-tuned
+on few labelled patients, against random weights. Every run is a line of FILE: an interrupted benchmark goes on there.
+What was fixed beforehand is in README.md.
 """
 
 from __future__ import annotations
@@ -16,16 +17,19 @@ import os
 import sys
 import tempfile
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import as_completed
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("MEDVIT_SITE_KEY", "benchmarks")  # splits follow the hashes of patients: the same everywhere
+
 import numpy as np
 from goals import Goal
 from pretraining_few import LABELLED, gains, score_few
-from pretraining_run import STRATEGIES, Job, build, judge, pretrain
+from pretraining_run import STRATEGIES, Job, build, judge, pretrain, price
 from pretraining_sets import SETS, Pictures, prepare
 from workers import workers
 
@@ -33,20 +37,23 @@ METHODS = ("simclr", "mocov3", "dino")
 """Compared at different compute; MAE takes part where labels are few."""
 
 SECONDS: Mapping[str, float] = {"digits": 100.0, "phantom": 60.0, "ct_ich": 60.0}
-"""Of an uncompressed run with a share of 1."""
+"""Of processor, at the price of its steps, of an uncompressed run with a share of 1."""
 
 MEASURE: Mapping[str, str] = {"digits": "knn", "phantom": "auroc", "ct_ich": "auroc"}
 """What a target is set on: balanced accuracy of neighbours, AUROC of a linear probe."""
 
 SHARES: Mapping[str, Mapping[str, tuple[float, ...]]] = {
-    "digits": {"uncompressed": (0.45, 1.0), "constant": (0.45,), "relaxing": (0.25, 0.45)},
-    "phantom": {"uncompressed": (0.45, 1.0), "constant": (0.45,), "relaxing": (0.45,)},
-    "ct_ich": {"uncompressed": (0.45, 1.0), "constant": (0.45,), "relaxing": (0.45,)},
+    "digits": {"uncompressed": (0.5, 1.0), "constant": (0.5,), "relaxing": (0.25, 0.5)},
+    "phantom": {"uncompressed": (0.5, 1.0), "constant": (0.5,), "relaxing": (0.5,)},
+    "ct_ich": {"uncompressed": (0.5, 1.0), "constant": (0.5,), "relaxing": (0.5,)},
 }
-"""Of the seconds, by strategy; not 0.5, so that what is measured stays below it."""
+"""Of the seconds, by strategy."""
 
-FEW = (("uncompressed", 1.0), ("relaxing", 0.45))
+FEW = (("uncompressed", 1.0), ("relaxing", 0.5))
 """What is fine-tuned, beside the untrained encoder."""
+
+COMPARISONS = len(LABELLED) * (len(METHODS) * len(FEW) + 1)
+"""With random weights: of every objective, uncompressed and relaxing, and of MAE, on every set with few labels."""
 
 DECIDES = "digits"
 """The set that the claim on compute is judged on; the others illustrate."""
@@ -57,6 +64,8 @@ REACHED = 0.98
 SEEDS = 3
 
 Row = Mapping[str, Any]
+Prices = Mapping[str, Mapping[str, float]]
+"""Objective -> strategy -> processor seconds of a step."""
 
 
 def main() -> None:
@@ -84,72 +93,80 @@ class Plan:
     sets: Sequence[str]
     quick: bool
 
-    def seconds(self, name: str) -> float:
-        """Of a share of 1."""
-        return SECONDS[name] / (20 if self.quick else 1)
-
-    def jobs(self, name: str) -> list[Job]:
+    def jobs(self, name: str, prices: Prices) -> list[Job]:
         """All runs of a set, the untrained encoders first, then seed by seed."""
         seeds = range(1 if self.quick else SEEDS)
         shares = [(strategy, share) for strategy in STRATEGIES for share in SHARES[name][strategy]]
-        found = [untrained(name, seed) for seed in seeds]
+        found = [Job(name, "simclr", "uncompressed", 0.0, 0, seed) for seed in seeds]  # the same for every objective
         for seed in seeds:
-            found += [Job(name, method, strategy, share, seed) for method in METHODS for strategy, share in shares]
-            found += [Job(name, "mae", "uncompressed", 1.0, seed)] if name in LABELLED else []
+            for method in METHODS:
+                found += [self._job(name, method, strategy, share, prices, seed) for strategy, share in shares]
+            found += [self._job(name, "mae", "uncompressed", 1.0, prices, seed)] if name in LABELLED else []
         return found
 
-
-def untrained(name: str, seed: int) -> Job:
-    """The encoder with random weights: the same for every objective."""
-    return Job(name, "simclr", "uncompressed", 0.0, seed)
+    def _job(self, name: str, method: str, strategy: str, share: float, prices: Prices, seed: int) -> Job:
+        seconds = SECONDS[name] / (20 if self.quick else 1)
+        return Job(name, method, strategy, share, max(10, int(share * seconds / prices[method][strategy])), seed)
 
 
 class Rows:
-    """The lines of a file."""
+    """The lines of a file: prices of steps by set, and runs; a line that was cut off is not there."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        self.rows = {tuple(row["job"].values()): row for row in map(json.loads, lines)}
+        self.path, self.rows, self.prices = path, dict[Job, Row](), dict[str, Prices]()
+        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+            with suppress(json.JSONDecodeError):
+                self._take(json.loads(line))
 
     def add(self, row: Row) -> None:
-        """Keep a run."""
-        self.rows[tuple(row["job"].values())] = dict(row)
+        """Keep a line."""
+        self._take(row)
         with self.path.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(row) + "\n")
+            stream.write("\n" * bool(stream.tell()) + json.dumps(row))
 
-    def missing(self, jobs: Sequence[Job]) -> list[Job]:
-        """Those that are still to do."""
-        return [job for job in jobs if tuple(asdict(job).values()) not in self.rows]
+    def _take(self, row: Row) -> None:
+        if "prices" in row:
+            self.prices[row["cases"]] = row["prices"]
+        else:
+            self.rows[Job(**row["job"])] = row
 
-    def of(self, jobs: Sequence[Job]) -> list[Row]:
+    def of(self, jobs: Iterable[Job]) -> list[Row]:
         """The lines of jobs."""
-        return [self.rows[tuple(asdict(job).values())] for job in jobs]
+        return [self.rows[job] for job in jobs]
 
 
 def work(plan: Plan, rows: Rows, scratch: Path, shared: Path, processes: int) -> None:
     """Do the runs that are missing, set by set."""
     with workers(processes) as pool:
         for name in plan.sets:
-            if missing := rows.missing(plan.jobs(name)):
-                pictures = prepare(SETS[name](shared), scratch / name)
-                print(f"\n{name}: {told(pictures)}; {len(missing)} runs", flush=True)
-                for future in as_completed([pool.submit(run, job, pictures, plan.seconds(name)) for job in missing]):
-                    rows.add(future.result())
-                    print(f"  {' '.join(map(str, future.result()['job'].values()))}", flush=True)
+            if name in rows.prices and not missing(plan, rows, name):
+                continue
+            pictures = prepare(SETS[name](shared), scratch / name)
+            if name not in rows.prices:
+                rows.add({"cases": name, "prices": {one: price(one, name, pictures) for one in (*METHODS, "mae")}})
+            jobs = missing(plan, rows, name)
+            print(f"\n{name}: {told(pictures)}; {len(jobs)} runs", flush=True)
+            for future in as_completed([pool.submit(run, job, pictures) for job in jobs]):
+                rows.add(future.result())
+                print(f"  {' '.join(map(str, future.result()['job'].values()))}", flush=True)
 
 
-def run(job: Job, pictures: Pictures, seconds: float) -> Row:
+def missing(plan: Plan, rows: Rows, name: str) -> list[Job]:
+    """Jobs of a set whose prices are known that are still to do."""
+    return [job for job in plan.jobs(name, rows.prices[name]) if job not in rows.rows]
+
+
+def run(job: Job, pictures: Pictures) -> Row:
     """What a job took, how what it learned was judged, and what few labels made of it."""
-    objective, row = build(job, pictures), {"job": asdict(job), "steps": 0, "seconds": 0.0}
-    if job.share:
-        objective, took = pretrain(job, pictures, job.share * seconds)
+    objective, row = build(job.objective, pictures, job.seed), {"job": asdict(job)}
+    if job.steps:
+        objective, took = pretrain(job, pictures)
         row |= took
     row |= judge(objective, pictures)
-    if job.cases in LABELLED and (not job.share or (job.strategy, job.share) in FEW):
+    if job.cases in LABELLED and (not job.steps or (job.strategy, job.share) in FEW):
         state = objective.encoder().state_dict()
         row["few"] = score_few(state, pictures, LABELLED[job.cases], job.seed)
-    if not job.share:
+    if not job.steps:
         asked = ~pictures.learned
         row |= {"patients": pictures.patients[asked].tolist(), "labels": pictures.labels[asked].tolist()}
     return row
@@ -172,13 +189,13 @@ def report(plan: Plan, rows: Rows, picture: Path) -> None:
     for name in plan.sets:
         if name in LABELLED:
             detail[f"{name}, few labels"] = found = few_labels(plan, rows, name)
-            gained += [one["low"] for what, one in found.items() if what != "random"]
+            gained += [one["low"] for one in found.values()]
     draw(plan, detail, picture)
     reached = [detail[DECIDES][method]["compute"] for method in METHODS] if DECIDES in plan.sets else []
     quick_enough = sum(share is not None and share <= 0.5 for share in reached)
     goals = [
         Goal("contrastive methods at the uncompressed target with half of the compute", quick_enough, 2, np.inf),
-        Goal("few labels: best lower end of the gain over random weights", max(gained, default=np.nan), 0, np.inf),
+        Goal("few labels: best lower end of a gain over random weights", float(np.nanmax([*gained, -1.0])), 0, np.inf),
     ]
     for goal in goals:
         print(f"{goal.what:72}{goal.figure:8.3f}   at least {goal.low:g}{'' if goal.met else '   MISSED'}")
@@ -189,43 +206,42 @@ def report(plan: Plan, rows: Rows, picture: Path) -> None:
 
 def compare(plan: Plan, rows: Rows, name: str, method: str) -> dict[str, Any]:
     """A method on a set: figures by strategy and compute, the target, and the least compute that reaches it."""
-    measure, jobs = MEASURE[name], plan.jobs(name)
-    found = {
-        (strategy, share): rows.of([j for j in jobs if (j.objective, j.strategy, j.share) == (method, strategy, share)])
-        for strategy in STRATEGIES
-        for share in SHARES[name][strategy]
-    }
-    full = found["uncompressed", 1.0]
-    seconds = float(np.mean([row["seconds"] for row in full]))
-    begin = float(np.mean([row[measure] for row in rows.of([job for job in jobs if not job.share])]))
-    target = begin + REACHED * (float(np.mean([row[measure] for row in full])) - begin)
-    print(f"\n{name}, {method}: untrained {begin:.3f}, target {target:.3f} ({measure})\n")
+    measure, prices = MEASURE[name], rows.prices[name][method]
+    jobs = plan.jobs(name, rows.prices[name])
+    begin = float(np.mean([row[measure] for row in rows.of(job for job in jobs if not job.steps)]))
+    print(f"\n{name}, {method}: untrained {begin:.3f} ({measure})\n")
     print(f"| strategy | compute, of full | steps | kNN | probe | {measure} by seed |\n|---|---|---|---|---|---|")
     points = []
-    for (strategy, share), some in found.items():
-        compute, knn, probe, steps = (
-            float(np.mean([row[figure] for row in some])) for figure in ("seconds", "knn", "probe", "steps")
-        )
-        each = ", ".join(f"{row[measure]:.3f}" for row in some)
-        print(f"| {strategy} | {compute / seconds:.2f} | {steps:.0f} | {knn:.3f} | {probe:.3f} | {each} |")
-        figure = float(np.mean([row[measure] for row in some]))
-        points.append({"strategy": strategy, "share": share, "compute": compute / seconds, measure: figure})
-    enough = [one["compute"] for one in points if one["strategy"] == "relaxing" and one[measure] >= target]
+    for strategy in STRATEGIES:
+        for share in SHARES[name][strategy]:
+            those = [job for job in jobs if (job.objective, job.strategy, job.share) == (method, strategy, share)]
+            some, steps = rows.of(those), those[0].steps
+            compute = steps * prices[strategy] / (SECONDS[name] / (20 if plan.quick else 1))
+            knn, probe, figure = (float(np.mean([row[one] for row in some])) for one in ("knn", "probe", measure))
+            each = ", ".join(f"{row[measure]:.3f}" for row in some)
+            print(f"| {strategy} | {compute:.2f} | {steps} | {knn:.3f} | {probe:.3f} | {each} |")
+            points.append({"strategy": strategy, "share": share, "compute": compute, measure: figure})
+    full = next(one[measure] for one in points if (one["strategy"], one["share"]) == ("uncompressed", 1.0))
+    target = begin + REACHED * (full - begin) if full > begin else None
+    enough = [p["compute"] for p in points if p["strategy"] == "relaxing" and target and p[measure] >= target]
     least = min(enough, default=None)
-    print(f"relaxing at the target with {'no share tried' if least is None else f'{least:.2f} of the compute'}")
+    if target is None:
+        print("whole slices taught it nothing that this measure shows: no target")
+    else:
+        reached = "no share tried" if least is None else f"{least:.2f} of the compute"
+        print(f"target {target:.3f}: relaxing is there with {reached}")
     return {"untrained": begin, "target": target, "compute": least, "points": points}
 
 
 def few_labels(plan: Plan, rows: Rows, name: str) -> dict[str, Any]:
     """Gains of each objective, uncompressed and relaxing, over random weights."""
-    jobs = plan.jobs(name)
-    first = rows.of([job for job in jobs if not job.share])
-    tuned = {"random": first}
+    jobs = plan.jobs(name, rows.prices[name])
+    tuned = {"random": rows.of(job for job in jobs if not job.steps)}
     for method in (*METHODS, "mae"):
         for strategy, share in FEW:
             if some := [j for j in jobs if (j.objective, j.strategy, j.share) == (method, strategy, share)]:
                 tuned[f"{method}, {strategy}"] = rows.of(some)
-    return gains(name, first[0], tuned)
+    return gains(name, tuned, COMPARISONS)
 
 
 def draw(plan: Plan, detail: Mapping[str, Any], path: Path) -> None:
@@ -239,7 +255,8 @@ def draw(plan: Plan, detail: Mapping[str, Any], path: Path) -> None:
             for strategy in STRATEGIES:
                 points = sorted((p["compute"], p[measure]) for p in one["points"] if p["strategy"] == strategy)
                 axis.plot(*zip((0, one["untrained"]), *points, strict=True), marker="o", label=strategy)
-            axis.axhline(one["target"], color="grey", linestyle=":", label="target")
+            if one["target"] is not None:
+                axis.axhline(one["target"], color="grey", linestyle=":", label="target")
             axis.set_title(f"{name}, {method}", fontsize=9)
             axis.set_xlabel("measured compute, of uncompressed", fontsize=8)
             axis.set_ylabel({"knn": "kNN, balanced accuracy", "auroc": "AUROC of a probe"}[measure], fontsize=8)

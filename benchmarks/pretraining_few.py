@@ -16,8 +16,8 @@ from pretraining_run import small_vit
 from pretraining_sets import Ints, Pictures
 
 from medvit.config import ObjectiveConfig, Stage
-from medvit.evaluation.bootstrap import PatientBootstrap
-from medvit.evaluation.metrics import Interval, weighted_auroc
+from medvit.evaluation.bootstrap import PatientBootstrap, Statistic
+from medvit.evaluation.metrics import Floats, weighted_auroc
 from medvit.models.classifier import CtClassifier
 from medvit.objectives import Task, build_objective
 from medvit.training.optimizer import course, parameter_groups
@@ -28,7 +28,7 @@ RATE = 3e-3
 LABELLED: Mapping[str, int] = {"phantom": 40, "ct_ich": 16}
 """Set -> patients with labels; digits are no CT."""
 
-DRAWS = 2
+DRAWS = 5
 """Of labelled patients, for each seed of pretraining."""
 
 Row = Mapping[str, Any]
@@ -93,31 +93,53 @@ def score(classifier: CtClassifier, pictures: Pictures) -> npt.NDArray[np.float3
     return np.asarray(torch.cat(logits).softmax(dim=1)[:, 1].numpy())
 
 
-def gains(name: str, pictures: Row, rows: Mapping[str, Sequence[Row]]) -> dict[str, Any]:
-    """A table: AUROC with few labels, and the paired gain over random weights; means over draws, patients resampled.
+def gains(name: str, rows: Mapping[str, Sequence[Row]], comparisons: int) -> dict[str, Any]:
+    """A table: AUROC with few labels, and the paired gain over random weights, means over draws.
+
+    Patients who are judged and draws of labelled ones are both resampled: a gain should not hang on either.
 
     Args:
         name: of the set.
-        pictures: `patients` and `labels` of the judged slices.
-        rows: what was fine-tuned -> its rows, one for each seed; `random` among them.
+        rows: what was fine-tuned -> its rows, one for each seed; `random` among them, whose rows have `patients` and
+            `labels` of the judged slices.
+        comparisons: that are made in all; intervals of gains hold for all of them together (Bonferroni).
     """
-    patients, labels = np.array(pictures["patients"]), np.array(pictures["labels"]).astype(bool)
-    bootstrap = PatientBootstrap(patients.astype(str))
+    patients, labels = np.array(rows["random"][0]["patients"]), np.array(rows["random"][0]["labels"]).astype(bool)
+    assert all(row["patients"] == patients.tolist() for row in rows["random"])
     scores = {what: np.array([one for row in some for one in row["few"]]) for what, some in rows.items()}
-
-    def auroc(what: str, weights: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-        return np.asarray(np.mean([weighted_auroc(labels, one, weights) for one in scores[what]], axis=0))
-
-    def interval(what: str, less: str | None = None) -> Interval:
-        return bootstrap.interval(lambda weights: auroc(what, weights) - (0 if less is None else auroc(less, weights)))
-
+    alone = {what: [auroc_of(labels, one) for one in some] for what, some in scores.items()}
+    single = PatientBootstrap(patients.astype(str))
+    together = PatientBootstrap(patients.astype(str), draws=10_000, confidence=1 - 0.05 / comparisons)
     print(f"\n{name}: {LABELLED[name]} labelled patients, {len(scores['random'])} draws\n")
-    print("| weights | AUROC | gain over random weights | by draw |\n|---|---|---|---|")
+    print(f"| weights | AUROC | gain, for all {comparisons} | draws with a gain |\n|---|---|---|---|")
+    print(f"| random | {single.interval(over_draws(labels, [scores['random']]))} | | |")
     found = {}
-    for what, some in scores.items():
-        own, gain = interval(what), interval(what, "random")
-        each = ", ".join(f"{float(weighted_auroc(labels, one, np.ones((1, len(labels))))[0]):.2f}" for one in some)
-        shown = "" if what == "random" else f"{gain.point:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]"
-        print(f"| {what} | {own} | {shown} | {each} |")
-        found[what] = {"auroc": own.point, "gain": gain.point, "low": gain.low, "high": gain.high}
+    for what in [name for name in scores if name != "random"]:
+        own = single.interval(over_draws(labels, [scores[what]]))
+        gain = together.interval(over_draws(labels, [scores[what], scores["random"]]))
+        better = sum(one > other for one, other in zip(alone[what], alone["random"], strict=True))
+        print(f"| {what} | {own} | {gain.point:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}] | {better} |")
+        found[what] = {"auroc": own.point, "gain": gain.point, "low": gain.low, "high": gain.high, "better": better}
     return found
+
+
+def auroc_of(labels: npt.NDArray[np.bool_], scores: Floats) -> float:
+    """Of all judged slices, in one draw of labelled patients."""
+    return float(weighted_auroc(labels, scores, np.ones((1, len(labels))))[0])
+
+
+def over_draws(labels: npt.NDArray[np.bool_], scores: Sequence[Floats]) -> Statistic:
+    """Mean over draws of the AUROC of the first scores (draws, n), less that of the second where there are two.
+
+    In resamples draws are drawn with replacement too.
+    """
+    rng, count = np.random.default_rng(1), len(scores[0])
+
+    def statistic(weights: Floats) -> Floats:
+        first, *second = (np.stack([weighted_auroc(labels, one, weights) for one in some]) for some in scores)
+        each = first - second[0] if second else first  # (draws, D)
+        everyone = len(weights) == 1 and bool((weights == 1).all())
+        drawn = np.ones((count, 1)) if everyone else rng.multinomial(count, [1 / count] * count, len(weights)).T
+        return np.asarray((drawn * each).sum(axis=0) / count)
+
+    return statistic

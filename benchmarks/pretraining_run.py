@@ -1,10 +1,9 @@
-"""One run of `pretraining.py`: a small ViT learns without labels for so many seconds, and labels judge what it sees."""
+"""One run of `pretraining.py`: a small ViT learns without labels for so many steps, and labels judge what it sees."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
@@ -18,10 +17,10 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
-from medvit.config import AccelerationConfig, AccelerationStep, ModelConfig, ObjectiveConfig, PretrainingConfig, Stage
+from medvit.config import ModelConfig, ObjectiveConfig, PretrainingConfig, Stage
 from medvit.evaluation.online import neighbour_votes
 from medvit.models.classifier import CtClassifier, build_classifier
-from medvit.models.compression import Compression
+from medvit.models.compression import NONE, Compression
 from medvit.objectives import Objective, Task, build_objective
 from medvit.objectives.acceleration import sparing
 from medvit.training.collapse import examine
@@ -30,7 +29,6 @@ from medvit.training.optimizer import course, parameter_groups
 BATCH = 48
 SMALL = {"depth": 2, "embed_dim": 48, "num_heads": 2}
 LARGER = 2
-"""Sides of large patches over the model's own."""
 
 SETTINGS: Mapping[str, PretrainingConfig] = {
     "simclr": PretrainingConfig(temperature=0.2, hidden=256, width=64),
@@ -48,19 +46,12 @@ RATES: Mapping[str, tuple[float, float]] = {
 """Objective -> peak learning rate on digits, and on CT."""
 
 
-def relaxing(patch: int) -> AccelerationConfig:
-    """Large patches, half of them at first; all of the model's own in the end. A teacher sees as little."""
-    large = LARGER * patch
-    steps = (
-        AccelerationStep(from_progress=0.0, keep=0.5, patch=large),
-        AccelerationStep(from_progress=0.3, patch=large),
-        AccelerationStep(from_progress=0.85),
-    )
-    return AccelerationConfig(schedule=steps, symmetric=True)
-
-
-STRATEGIES = ("uncompressed", "constant", "relaxing")
-"""`constant`: large patches throughout."""
+STRATEGIES: Mapping[str, tuple[tuple[float, Compression], ...]] = {
+    "uncompressed": ((0.0, NONE),),
+    "constant": ((0.0, Compression(patch=LARGER)),),
+    "relaxing": ((0.0, Compression(0.5, LARGER)), (0.3, Compression(patch=LARGER)), (0.85, NONE)),
+}
+"""Name -> from which progress on how little is seen, patches in sides of the model's own; a teacher sees as little."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +62,8 @@ class Job:
         cases: name of the set.
         objective: name.
         strategy: one of `STRATEGIES`.
-        share: of the set's seconds that it may use; 0: the untrained encoder.
+        share: of the set's compute that it may use; 0: the untrained encoder.
+        steps: that this is, at the prices of each step.
         seed: of weights, order and dropped tokens.
     """
 
@@ -79,6 +71,7 @@ class Job:
     objective: str
     strategy: str
     share: float
+    steps: int
     seed: int
 
 
@@ -89,12 +82,10 @@ def small_vit(pictures: Pictures, seed: int) -> CtClassifier:
     return build_classifier(config, size=pictures.size, channels=pictures.channels, classes=2)[0]
 
 
-def build(job: Job, pictures: Pictures) -> Objective:
-    """The objective, with random weights."""
-    acceleration = relaxing(pictures.patch) if job.strategy == "relaxing" else None
-    pretraining = SETTINGS[job.objective]
-    settings = ObjectiveConfig(name=job.objective, pretraining=pretraining, acceleration=acceleration)
-    objective = build_objective(small_vit(pictures, job.seed), settings, Task(()))
+def build(name: str, pictures: Pictures, seed: int) -> Objective:
+    """An objective with random weights."""
+    settings = ObjectiveConfig(name=name, pretraining=SETTINGS[name])
+    objective = build_objective(small_vit(pictures, seed), settings, Task(()))
     objective.set_trainable("all", 1)
     return objective.train()
 
@@ -117,57 +108,71 @@ def batches(pictures: Pictures, seed: int, *, local: bool) -> Iterator[dict[str,
             yield batch if small is None else {**batch, "local": small[chosen][:, None].float()}
 
 
-def pretrain(job: Job, pictures: Pictures, seconds: float) -> tuple[Objective, dict[str, Any]]:
-    """Train for about so many processor seconds; the number of steps is settled beforehand, by steps timed here."""
-    steps = settle(job, pictures, seconds)
-    objective, rate = build(job, pictures), RATES[job.objective][job.cases != "digits"]
-    stage = Stage(lr=rate, backbone_lr=rate, warmup=0.1)
-    optimizer = torch.optim.AdamW(parameter_groups(objective, stage), fused=True)
-    factor, peaks = course(stage, steps), [group["lr"] for group in optimizer.param_groups]
-    feed, used, loss = batches(pictures, job.seed, local=job.objective == "dino"), 0.0, float("nan")
-    torch.manual_seed(1000 + job.seed)
-    for step in range(steps):
-        batch = next(feed)
-        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-            group["lr"] = peak * factor(step)
+class Learning:
+    """An objective under way.
+
+    Args:
+        job: what is learned; its seed is that of all that is random.
+        pictures: of its set.
+    """
+
+    def __init__(self, job: Job, pictures: Pictures) -> None:
+        self.job, self.patch = job, pictures.patch
+        self.objective = build(job.objective, pictures, job.seed)
+        rate = RATES[job.objective][job.cases != "digits"]
+        stage = Stage(lr=rate, backbone_lr=rate, warmup=0.1)
+        self.optimizer = torch.optim.AdamW(parameter_groups(self.objective, stage), fused=True)
+        self.factor, self.peaks = course(stage, job.steps), [group["lr"] for group in self.optimizer.param_groups]
+        self.feed = batches(pictures, job.seed, local=job.objective == "dino")
+
+    def step(self, number: int, seen: Compression) -> float:
+        """Take a step, whose batch is drawn beforehand; returns its processor seconds."""
+        batch, objective = next(self.feed), self.objective
+        for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
+            group["lr"] = peak * self.factor(number)
+        patch = None if seen.patch is None else seen.patch * self.patch
         began = time.process_time()
-        loss = take_step(job, objective, batch, step / steps, pictures.patch)
-        optimizer.step()
-        optimizer.zero_grad()
+        with sparing(objective, Compression(seen.keep, patch), symmetric=True):
+            loss = objective({**batch, "totals": objective.totals(batch)}, number / self.job.steps)["loss"]
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_([p for p in objective.parameters() if p.requires_grad], 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
         objective.after_step()
-        used += time.process_time() - began
-    return objective, {"steps": steps, "seconds": round(used, 2), "loss": round(loss, 4)}
+        return time.process_time() - began
 
 
-def take_step(job: Job, objective: Objective, batch: dict[str, Tensor], progress: float, patch: int) -> float:
-    """Leave the clipped gradient of a batch in the parameters; the loss."""
-    large = Compression(patch=LARGER * patch)
-    constant = job.strategy == "constant"
-    with sparing(objective, large, symmetric=True) if constant else nullcontext():
-        loss = objective({**batch, "totals": objective.totals(batch)}, progress)["loss"]
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_([p for p in objective.parameters() if p.requires_grad], 1.0)
-    return float(loss.detach())
+def pretrain(job: Job, pictures: Pictures) -> tuple[Objective, dict[str, Any]]:
+    """Take the steps of a job; what was learned, and the processor seconds that it took."""
+    learning, used = Learning(job, pictures), 0.0
+    torch.manual_seed(1000 + job.seed)
+    for number in range(job.steps):
+        used += learning.step(number, seen_at(job.strategy, number / job.steps))
+    return learning.objective, {"seconds": round(used, 2)}
 
 
-def settle(job: Job, pictures: Pictures, seconds: float) -> int:
-    """Steps that take so many processor seconds: those of each part of the schedule are timed."""
-    objective = build(job, pictures)
-    feed = batches(pictures, 0, local=job.objective == "dino")
-    schedule = relaxing(pictures.patch).schedule if job.strategy == "relaxing" else ()
-    begins = [step.from_progress for step in schedule] or [0.0]
-    mean = 0.0
-    for begin, end in zip(begins, [*begins[1:], 1.0], strict=True):
-        took = []
-        for _ in range(4):
-            batch = next(feed)
-            began = time.process_time()
-            take_step(job, objective, batch, begin, pictures.patch)
-            objective.after_step()
-            took.append(time.process_time() - began)
-            objective.zero_grad()
-        mean += (end - begin) * float(np.median(took[1:]))
-    return max(10, round(seconds / mean))
+def seen_at(strategy: str, progress: float) -> Compression:
+    """How little is seen at a progress of 0..1."""
+    return [seen for begin, seen in STRATEGIES[strategy] if progress >= begin][-1]
+
+
+def price(name: str, cases: str, pictures: Pictures, rounds: int = 15) -> dict[str, float]:
+    """Strategy -> processor seconds of a step, on average over its schedule: the unit of compute.
+
+    Medians of rounds in which all that is seen takes turns, after two that do not count: whatever else the machine does
+    meets all alike. One price is for all seeds.
+    """
+    learning = Learning(Job(cases, name, "uncompressed", 1.0, 1000, 0), pictures)
+    possible = STRATEGIES if learning.objective.patches_vary else ["uncompressed"]
+    strategies = {strategy: STRATEGIES[strategy] for strategy in possible}
+    kinds = list(dict.fromkeys(seen for parts in strategies.values() for _, seen in parts))
+    seconds = np.array([[learning.step(turn, seen) for seen in kinds] for turn in range(-2, rounds)])[2:]
+    each = dict(zip(kinds, np.median(seconds, axis=0), strict=True))
+    found = {}
+    for strategy, parts in strategies.items():
+        ends = [begin for begin, _ in parts[1:]] + [1.0]
+        found[strategy] = float(sum((end - begin) * each[seen] for (begin, seen), end in zip(parts, ends, strict=True)))
+    return found
 
 
 def judge(objective: Objective, pictures: Pictures) -> dict[str, float]:

@@ -403,7 +403,10 @@ class Config(_Section):
 
     @property
     def sizes(self) -> set[int]:
-        """Sides of all that the model is shown in training, px: slices of every stage, and small crops of them."""
+        """Sides of all that the model is shown in training, px: slices of every stage, and small crops of them.
+
+        As they are asked for: a model takes the nearest that fits its patch.
+        """
         crops = {self.data.views.local_size} if self.objective.pretrains and self.data.views.local else set()
         return {stage.size or self.preprocessing.size for stage in self.training.stages} | crops
 
@@ -449,7 +452,7 @@ class Config(_Section):
             for step in self.objective.acceleration.schedule:
                 if step.patch is not None and size % step.patch:
                     raise ValueError(
-                        f"objective.acceleration: patches of {step.patch} px do not divide slices of {size} px"
+                        f"objective.acceleration: patches of {step.patch} px do not divide slices or crops of {size} px"
                     )
         return self
 

@@ -71,8 +71,8 @@ def prepare(
     """
     if arguments.labels is None and not unlabelled:
         raise UsageError(
-            "--labels is missing: it takes a CSV with a key column and a label column (see -h). Without labels only "
-            "medvit-train --config pretrain_simclr (mocov3, dino, mae) learns anything."
+            "--labels is missing: it takes a CSV with a key column and a label column (see -h). Nothing but "
+            "--config pretrain_simclr (mocov3, dino, mae) learns without."
         )
     display.start("reading headers", 0)
     folder = Path(arguments.folder)

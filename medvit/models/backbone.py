@@ -123,6 +123,10 @@ class Backbone(nn.Module):
             rest_where_frozen(self)
         return self
 
+    def nearest(self, px: int) -> int:
+        """The multiple of the patch that is nearest to so many px, the larger of two, at least one patch."""
+        return self.patch * max(1, (2 * px + self.patch) // (2 * self.patch))
+
     def set_size(self, px: int) -> int:
         """Take slices of another size from now on.
 
@@ -130,13 +134,12 @@ class Backbone(nn.Module):
         scale along. This replaces parameters: build the optimizer afterwards.
 
         Returns:
-            The size taken, px: the nearest multiple of the patch, the larger of two, at least one patch.
+            The size taken, px: the nearest that fits.
 
         Raises:
             UsageError: the model is built for one size.
         """
-        patch = self.patch
-        size = patch * max(1, (2 * px + patch) // (2 * patch))
+        size = self.nearest(px)
         if hasattr(self.model, "set_input_size"):
             self.model.set_input_size(img_size=(size, size))
         elif size != self.size and self.model.pretrained_cfg.get("fixed_input_size"):

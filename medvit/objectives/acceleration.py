@@ -42,7 +42,7 @@ class Accelerated(Objective):
         self.objective = objective
         # past nn.Module's registration, which would give each of its parameters a second name in checkpoints
         self.__dict__["classifier"] = objective.classifier
-        self.config = config
+        self.config, self.patches_vary = config, objective.patches_vary
         self._check()
 
     def totals(self, batch: Batch) -> Tensor:

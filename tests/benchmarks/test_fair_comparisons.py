@@ -31,18 +31,32 @@ def test_whoever_tells_the_memory_of_tuning_tells_its_time_too(benchmark_named, 
     assert "predicting, of full" in capsys.readouterr().out
 
 
-def test_pretrainings_are_compared_at_equal_seconds(benchmark_named, monkeypatch):
-    """What sees fewer tokens may take more steps, as many more as its own measured cost allows."""
+def test_pretrainings_are_compared_at_equal_compute(benchmark_named, monkeypatch):
+    """What sees fewer tokens takes more steps: as many more as its own measured price allows, and not one for free."""
+    run, plan = benchmark_named("pretraining_run"), benchmark_named("pretraining")
+    seen_as = {(1.0, None): 0.1, (1.0, 2): 0.04, (0.5, 2): 0.02}  # seconds of a step
+
+    class Learning:
+        def __init__(self, *_given):
+            self.objective = type("Any", (), {"patches_vary": True})
+
+        def step(self, number, seen):
+            return seen_as[seen.keep, seen.patch] + 1000 * (number < 0)  # the first rounds are slow, and do not count
+
+    monkeypatch.setattr(run, "Learning", Learning)
+    prices = {name: run.price(name, "digits", None) for name in (*plan.METHODS, "mae")}
+    relaxing = 0.3 * 0.02 + 0.55 * 0.04 + 0.15 * 0.1
+    assert prices["simclr"] == pytest.approx({"uncompressed": 0.1, "constant": 0.04, "relaxing": relaxing})
+    jobs = plan.Plan(("digits",), quick=False).jobs("digits", prices)
+    steps = {(job.strategy, job.share): job.steps for job in jobs if job.objective == "simclr" and job.steps}
+    seconds = plan.SECONDS["digits"]
+    assert steps["uncompressed", 1.0] == int(seconds / 0.1)
+    assert steps["relaxing", 0.5] == int(0.5 * seconds / relaxing)
+    assert all(steps[strategy, share] * prices["simclr"][strategy] <= share * seconds for strategy, share in steps)
+
+
+def test_a_relaxing_pretraining_sees_whole_slices_in_the_end(benchmark_named):
     run = benchmark_named("pretraining_run")
-    clock = iter(range(1_000))
-    monkeypatch.setattr(run.time, "process_time", lambda: next(clock))  # every step takes a second
-    monkeypatch.setattr(run, "batches", lambda *_given, **_settings: iter(dict, None))
-    monkeypatch.setattr(run, "take_step", lambda *_given: 0.0)
-    pictures = benchmark_named("pretraining_sets").Pictures(Path(), *[None] * 3, size=32, patch=4, channels=1)
-    steps = {
-        strategy: run.settle(run.Job("digits", "simclr", strategy, 1.0, 0), pictures, 120.0)
-        for strategy in run.STRATEGIES
-    }
-    assert steps == dict.fromkeys(run.STRATEGIES, 120)  # not fewer for fewer tokens: for seconds
-    monkeypatch.setattr(run.time, "process_time", lambda: next(clock) / 4)
-    assert run.settle(run.Job("digits", "simclr", "relaxing", 0.5, 0), pictures, 60.0) == 240
+    shares = [run.seen_at("relaxing", number / 100).share(1) for number in range(100)]
+    assert shares == sorted(shares)
+    assert (shares[0], shares[84], shares[85], shares[-1]) == (0.125, 0.25, 1, 1)

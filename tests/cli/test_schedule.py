@@ -6,6 +6,9 @@ import pytest
 
 from medvit.cli import schedule
 from medvit.config import load_config
+from medvit.models.compression import NONE, Compression
+from medvit.training import pilot
+from medvit.training.gradient_error import GradientError
 from tests.cli.conftest import TINY
 
 FEW = ["--epochs", "4", "--steps", "4", "training.batch_size=2", "training.patience=3"]
@@ -71,26 +74,47 @@ def test_what_was_found_is_said(made, told):
 
 SMALL = ["objective.pretraining.hidden=16", "objective.pretraining.width=8", "objective.pretraining.decoder_width=32"]
 SEEN = "objective.acceleration={symmetric: true, schedule: [{from_progress: 0}]}"
+ROUNDED = "training.stages=[{name: small, size: 36, epochs: 1}, {name: all, epochs: 1}]"  # patches of 8 px make it 40
 
 
 @pytest.mark.parametrize(
     ("name", "words", "patches"),
     [
+        ("simclr", ["preprocessing.size=48", ROUNDED], {""}),  # 12 divides 36 and 48, and not 40
         ("mocov3", [SEEN], {"", "16"}),
         ("dino", ["data.views.local_size=24", "objective.pretraining.prototypes=12"], {""}),  # 16 does not divide 24
         ("mae", [], {""}),  # its pixels are told by patches of one size
     ],
 )
-def test_pretraining_is_scheduled_without_labels(name, words, patches, site, tmp_path):
+def test_pretraining_is_scheduled_without_labels(name, words, patches, site, tmp_path, monkeypatch):
+    seen, measure = [], pilot.measure_errors
+
+    def watched(objective, *given, symmetric):
+        learns = [parameter.requires_grad for parameter in objective.classifier.backbone.model.patch_embed.parameters()]
+        seen.append((symmetric, any(learns)))
+        return measure(objective, *given, symmetric=symmetric)
+
+    monkeypatch.setattr(pilot, "measure_errors", watched)
     given = [str(site.folder), "--config", f"pretrain_{name}", "--output", str(tmp_path), *TINY, *SMALL, *words]
     assert schedule.main([*given, "--epochs", "4", "--steps", "4"]) == 3
     with (tmp_path / "gradient_error.csv").open(encoding="utf-8", newline="") as stream:
         rows = list(csv.DictReader(stream))
     assert {row["patch"] for row in rows} == patches
     assert sorted({row["progress"] for row in rows}) == ["0", "0.25", "0.5", "0.75", "1"]
-    config = load_config(tmp_path / "schedule.yaml")
-    if config.objective.acceleration is not None:
-        assert config.objective.acceleration.symmetric == (name == "mocov3")
+    load_config(tmp_path / "schedule.yaml")
+    # a teacher as asked for; MoCo v3 does not let the patch projection learn
+    assert set(seen) == {(name == "mocov3", name != "mocov3")}
+
+
+@pytest.mark.parametrize("words", [[], [SEEN]])
+def test_a_schedule_keeps_what_was_asked_of_the_teacher(words, tmp_path):
+    figures = {"progress": 0.0, "bias2": 0.0, "variance": 1.0, "cosine": 1.0, "steps": 4}
+    whole = GradientError(compression=NONE, tokens_share=1.0, cost=1.0, **figures)
+    fewer = GradientError(compression=Compression(0.25), tokens_share=0.25, cost=0.3, **figures)
+    scheduled = schedule.write([whole, fewer], load_config("pretrain_mocov3", words), tmp_path)
+    assert scheduled.objective.acceleration.symmetric == bool(words)
+    assert scheduled.objective.acceleration.schedule[0].keep == 0.25
+    assert load_config(tmp_path / "schedule.yaml") == scheduled
 
 
 @pytest.mark.parametrize(

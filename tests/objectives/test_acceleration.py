@@ -303,8 +303,8 @@ def test_a_patch_that_does_not_divide_a_later_size_is_refused_there(batch):
         ({"model": {"tuning": "linear"}}, "it is frozen"),
         ({"model": {"tuning": "synqt"}}, "it is frozen"),
         ({"training": {"patience": 3}}, "must be 0"),
-        ({"preprocessing": {"size": 40}}, "do not divide slices of 40 px"),
-        ({"training": {"stages": [{"size": 24}, {}]}}, "do not divide slices of 24 px"),
+        ({"preprocessing": {"size": 40}}, "do not divide slices or crops of 40 px"),
+        ({"training": {"stages": [{"size": 24}, {}]}}, "do not divide slices or crops of 24 px"),
     ],
 )
 def test_the_config_refuses_what_could_not_work(settings, words):
