@@ -66,7 +66,8 @@ def run_pilot(experiment: Experiment | Pretraining, fold: Fold, *, epochs: int, 
             experiment.reporter.say(f"comparing gradients after {epoch} of {total} epochs")
             objective.to(fabric.device)
             batches = first_steps(dataset, config, steps)
-            sizes = {classifier.backbone.nearest(px) for px in config.sizes}
+            # as they are asked for, which the config checks, and as the model takes them
+            sizes = config.sizes | {classifier.backbone.nearest(px) for px in config.sizes}
             compressions = default_compressions(sizes, classifier.backbone.patch)
             fitting = [one for one in compressions if objective.patches_vary or one.patch is None]
             found.extend(measure_errors(objective, batches, fitting, epoch / total, fabric, symmetric=symmetric))

@@ -45,9 +45,9 @@ def test_doctor_lists_codecs_and_configs(capsys):
 
 
 def test_demo_sets_aside_exactly_what_it_planted(tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(demo, "PATIENTS", 20)
+    monkeypatch.setattr(demo, "PATIENTS", 24)
     monkeypatch.setattr(demo, "EXPORTED", 4)
-    overrides = ["training.stages.0.epochs=1", "evaluation.bootstrap=100"]
+    overrides = ["training.stages.0.epochs=1", "evaluation.bootstrap=100", "evaluation.robustness=null"]
     assert demo.main(["--output", str(tmp_path / "demo"), *overrides]) == 0
     for name in ("hospital", "labels.csv", "run", "report/report.html", "export", "results/predictions.csv"):
         assert (tmp_path / "demo" / name).exists()

@@ -80,8 +80,7 @@ ROUNDED = "training.stages=[{name: small, size: 36, epochs: 1}, {name: all, epoc
 @pytest.mark.parametrize(
     ("name", "words", "patches"),
     [
-        ("simclr", ["preprocessing.size=48", ROUNDED], {""}),  # 12 divides 36 and 48, and not 40
-        ("mocov3", [SEEN], {"", "16"}),
+        ("mocov3", [SEEN, ROUNDED, "preprocessing.size=48"], {""}),  # 12 divides 36 and 48, and not 40
         ("dino", ["data.views.local_size=24", "objective.pretraining.prototypes=12"], {""}),  # 16 does not divide 24
         ("mae", [], {""}),  # its pixels are told by patches of one size
     ],
