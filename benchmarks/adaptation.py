@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from adaptation_problems import ct_labels
 from adaptation_runs import STRENGTH, Part, Settings, design, run
+from lines import add_line, read_lines
 from scipy import stats
 
 from medvit.evaluation.bootstrap import PatientBootstrap
@@ -86,21 +87,16 @@ class Journal:
 
     def rows(self) -> dict[Settings, dict[str, Any]]:
         """What is there already."""
-        if self.path is None or not self.path.exists():
-            return {}
-        lines = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
         return {
             Settings(**line["settings"]): line["found"]
-            for line in lines
+            for line in (read_lines(self.path) if self.path else [])
             if line["design"] == design(Settings(**line["settings"]))
         }
 
     def add(self, settings: Settings, found: dict[str, Any]) -> None:
         """Append one."""
         if self.path is not None:
-            line = {"settings": asdict(settings), "design": design(settings), "found": found}
-            with self.path.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps(line) + "\n")
+            add_line(self.path, {"settings": asdict(settings), "design": design(settings), "found": found})
 
 
 def planned(part: Part, plan: dict[str, int]) -> list[Settings]:

@@ -19,7 +19,6 @@ import tempfile
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import as_completed
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,8 +27,9 @@ os.environ.setdefault("MEDVIT_SITE_KEY", "benchmarks")  # splits follow the hash
 
 import numpy as np
 from goals import Goal
+from lines import add_line, read_lines
 from pretraining_few import LABELLED, gains, score_few
-from pretraining_run import STRATEGIES, Job, build, judge, pretrain, price
+from pretraining_run import STRATEGIES, Job, judge, pretrain, price
 from pretraining_sets import SETS, Pictures, prepare
 from workers import workers
 
@@ -50,7 +50,10 @@ SHARES: Mapping[str, Mapping[str, tuple[float, ...]]] = {
 """Of the seconds, by strategy."""
 
 FEW = (("uncompressed", 1.0), ("relaxing", 0.5))
-"""What is fine-tuned, beside the untrained encoder."""
+"""What is tuned on few labelled patients, beside the untrained encoder."""
+
+DRAWS = 5
+"""Of those patients, for each seed of pretraining."""
 
 COMPARISONS = len(LABELLED) * (len(METHODS) * len(FEW) + 1)
 """With random weights: of every objective, uncompressed and relaxing, and of MAE, on every set with few labels."""
@@ -93,11 +96,15 @@ class Plan:
     sets: Sequence[str]
     quick: bool
 
+    def seconds(self, name: str) -> float:
+        """Of processor, that a share of 1 of a set may cost."""
+        return SECONDS[name] / (20 if self.quick else 1)
+
     def jobs(self, name: str, prices: Prices) -> list[Job]:
         """All runs of a set, the untrained encoders first, then seed by seed."""
         seeds = range(1 if self.quick else SEEDS)
         shares = [(strategy, share) for strategy in STRATEGIES for share in SHARES[name][strategy]]
-        found = [Job(name, "simclr", "uncompressed", 0.0, 0, seed) for seed in seeds]  # the same for every objective
+        found = [self._job(name, "simclr", "uncompressed", 0.0, prices, seed) for seed in seeds]  # the same for all
         for seed in seeds:
             for method in METHODS:
                 found += [self._job(name, method, strategy, share, prices, seed) for strategy, share in shares]
@@ -105,24 +112,24 @@ class Plan:
         return found
 
     def _job(self, name: str, method: str, strategy: str, share: float, prices: Prices, seed: int) -> Job:
-        seconds = SECONDS[name] / (20 if self.quick else 1)
-        return Job(name, method, strategy, share, max(10, int(share * seconds / prices[method][strategy])), seed)
+        steps = int(share * self.seconds(name) / prices[method][strategy])
+        tuned = name in LABELLED and (not share or (strategy, share) in FEW)
+        draws = (1 if self.quick else DRAWS) if tuned else 0
+        return Job(name, method, strategy, share, max(10, steps) if share else 0, draws, seed)
 
 
 class Rows:
-    """The lines of a file: prices of steps by set, and runs; a line that was cut off is not there."""
+    """The lines of a file: prices of steps by set, and runs."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.rows, self.prices = path, dict[Job, Row](), dict[str, Prices]()
-        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-            with suppress(json.JSONDecodeError):
-                self._take(json.loads(line))
+        for row in read_lines(path):
+            self._take(row)
 
     def add(self, row: Row) -> None:
         """Keep a line."""
         self._take(row)
-        with self.path.open("a", encoding="utf-8") as stream:
-            stream.write("\n" * bool(stream.tell()) + json.dumps(row))
+        add_line(self.path, row)
 
     def _take(self, row: Row) -> None:
         if "prices" in row:
@@ -158,14 +165,10 @@ def missing(plan: Plan, rows: Rows, name: str) -> list[Job]:
 
 def run(job: Job, pictures: Pictures) -> Row:
     """What a job took, how what it learned was judged, and what few labels made of it."""
-    objective, row = build(job.objective, pictures, job.seed), {"job": asdict(job)}
-    if job.steps:
-        objective, took = pretrain(job, pictures)
-        row |= took
-    row |= judge(objective, pictures)
-    if job.cases in LABELLED and (not job.steps or (job.strategy, job.share) in FEW):
-        state = objective.encoder().state_dict()
-        row["few"] = score_few(state, pictures, LABELLED[job.cases], job.seed)
+    objective, seconds = pretrain(job, pictures)
+    row = {"job": asdict(job), "seconds": round(seconds, 2), **judge(objective, pictures)}
+    if job.draws:
+        row["few"] = score_few(objective.encoder().state_dict(), pictures, job)
     if not job.steps:
         asked = ~pictures.learned
         row |= {"patients": pictures.patients[asked].tolist(), "labels": pictures.labels[asked].tolist()}
@@ -216,7 +219,7 @@ def compare(plan: Plan, rows: Rows, name: str, method: str) -> dict[str, Any]:
         for share in SHARES[name][strategy]:
             those = [job for job in jobs if (job.objective, job.strategy, job.share) == (method, strategy, share)]
             some, steps = rows.of(those), those[0].steps
-            compute = steps * prices[strategy] / (SECONDS[name] / (20 if plan.quick else 1))
+            compute = steps * prices[strategy] / plan.seconds(name)
             knn, probe, figure = (float(np.mean([row[one] for row in some])) for one in ("knn", "probe", measure))
             each = ", ".join(f"{row[measure]:.3f}" for row in some)
             print(f"| {strategy} | {compute:.2f} | {steps} | {knn:.3f} | {probe:.3f} | {each} |")

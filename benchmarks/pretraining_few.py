@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from pretraining_run import small_vit
+from pretraining_run import Descent, Job, small_vit
 from pretraining_sets import Ints, Pictures
 
 from medvit.config import ObjectiveConfig, Stage
@@ -20,7 +20,6 @@ from medvit.evaluation.bootstrap import PatientBootstrap, Statistic
 from medvit.evaluation.metrics import Floats, weighted_auroc
 from medvit.models.classifier import CtClassifier
 from medvit.objectives import Task, build_objective
-from medvit.training.optimizer import course, parameter_groups
 
 STEPS, BATCH = 400, 32
 RATE = 3e-3
@@ -28,18 +27,15 @@ RATE = 3e-3
 LABELLED: Mapping[str, int] = {"phantom": 40, "ct_ich": 16}
 """Set -> patients with labels; digits are no CT."""
 
-DRAWS = 5
-"""Of labelled patients, for each seed of pretraining."""
-
 Row = Mapping[str, Any]
 
 
-def score_few(state: Mapping[str, Any], pictures: Pictures, patients: int, seed: int) -> list[list[float]]:
-    """Fine-tune a backbone on each draw of a seed: probabilities of the judged slices, a list for each draw."""
+def score_few(state: Mapping[str, Any], pictures: Pictures, job: Job) -> list[list[float]]:
+    """Fine-tune a backbone on each draw of a job: probabilities of the judged slices, a list for each draw."""
     scores = []
-    for number in range(DRAWS):
-        chosen = labelled(pictures, patients, [seed, number])
-        tuned = tune(state, pictures, chosen, seed)
+    for number in range(job.draws):
+        chosen = labelled(pictures, LABELLED[job.cases], [job.seed, number])
+        tuned = tune(state, pictures, chosen, job.seed)
         scores.append([round(float(one), 5) for one in score(tuned, pictures)])
     return scores
 
@@ -59,11 +55,8 @@ def tune(state: Mapping[str, Any], pictures: Pictures, chosen: Ints, seed: int) 
     classifier.backbone.load_state_dict(state)
     labels = pictures.labels[chosen]
     task = Task(tuple(np.bincount(labels, minlength=2).tolist()))
-    objective = build_objective(classifier, ObjectiveConfig(name="supervised"), task).train()
-    objective.set_trainable("all", 1)
-    stage = Stage(lr=RATE, backbone_lr=RATE / 2, warmup=0.1)
-    optimizer = torch.optim.AdamW(parameter_groups(objective, stage), fused=True)
-    factor, peaks = course(stage, STEPS), [group["lr"] for group in optimizer.param_groups]
+    objective = build_objective(classifier, ObjectiveConfig(name="supervised"), task)
+    descent = Descent(objective, Stage(lr=RATE, backbone_lr=RATE / 2, warmup=0.1), STEPS, seed)
     rng, places = np.random.default_rng([seed, 6]), np.searchsorted(np.flatnonzero(pictures.learned), chosen)
     views = torch.cat([pictures.views(epoch)[places] for epoch in range(2)], dim=1)  # (M, 4, C, H, W)
     for step in range(STEPS):
@@ -75,12 +68,7 @@ def tune(state: Mapping[str, Any], pictures: Pictures, chosen: Ints, seed: int) 
             "domain": torch.zeros(BATCH, dtype=torch.int64),
             "index": torch.arange(BATCH),
         }
-        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-            group["lr"] = peak * factor(step)
-        objective({**batch, "totals": objective.totals(batch)}, step / STEPS)["loss"].backward()
-        torch.nn.utils.clip_grad_norm_(objective.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        descent.take(step, batch)
     return classifier
 
 

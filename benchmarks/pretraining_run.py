@@ -17,14 +17,16 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
-from medvit.config import ModelConfig, ObjectiveConfig, PretrainingConfig, Stage
+from medvit.config import AccelerationStep, ModelConfig, ObjectiveConfig, PretrainingConfig, Stage, TrainingConfig
 from medvit.evaluation.online import neighbour_votes
 from medvit.models.classifier import CtClassifier, build_classifier
-from medvit.models.compression import NONE, Compression
+from medvit.models.compression import Compression
 from medvit.objectives import Objective, Task, build_objective
-from medvit.objectives.acceleration import sparing
+from medvit.objectives.acceleration import compression_at, compression_of, sparing
 from medvit.training.collapse import examine
-from medvit.training.optimizer import course, parameter_groups
+from medvit.training.device import make_fabric
+from medvit.training.stage import StageTraining
+from medvit.training.step import MicroBatch, seed_for
 
 BATCH = 48
 SMALL = {"depth": 2, "embed_dim": 48, "num_heads": 2}
@@ -46,12 +48,23 @@ RATES: Mapping[str, tuple[float, float]] = {
 """Objective -> peak learning rate on digits, and on CT."""
 
 
-STRATEGIES: Mapping[str, tuple[tuple[float, Compression], ...]] = {
-    "uncompressed": ((0.0, NONE),),
-    "constant": ((0.0, Compression(patch=LARGER)),),
-    "relaxing": ((0.0, Compression(0.5, LARGER)), (0.3, Compression(patch=LARGER)), (0.85, NONE)),
-}
-"""Name -> from which progress on how little is seen, patches in sides of the model's own; a teacher sees as little."""
+STRATEGIES = ("uncompressed", "constant", "relaxing")
+
+LOOP = TrainingConfig(threads=1, device="cpu", precision="32-true")  # what every machine has
+
+
+def schedule(strategy: str, patch: int) -> tuple[AccelerationStep, ...]:
+    """How little a strategy sees, and until when, of a model whose own patch is so many px; its teacher likewise."""
+    large = LARGER * patch
+    return {
+        "uncompressed": (AccelerationStep(from_progress=0.0),),
+        "constant": (AccelerationStep(from_progress=0.0, patch=large),),
+        "relaxing": (
+            AccelerationStep(from_progress=0.0, keep=0.5, patch=large),
+            AccelerationStep(from_progress=0.3, patch=large),
+            AccelerationStep(from_progress=0.85),
+        ),
+    }[strategy]
 
 
 @dataclass(frozen=True)
@@ -64,6 +77,7 @@ class Job:
         strategy: one of `STRATEGIES`.
         share: of the set's compute that it may use; 0: the untrained encoder.
         steps: that this is, at the prices of each step.
+        draws: of few labelled patients, on which what was learned is tuned.
         seed: of weights, order and dropped tokens.
     """
 
@@ -72,6 +86,7 @@ class Job:
     strategy: str
     share: float
     steps: int
+    draws: int
     seed: int
 
 
@@ -85,9 +100,7 @@ def small_vit(pictures: Pictures, seed: int) -> CtClassifier:
 def build(name: str, pictures: Pictures, seed: int) -> Objective:
     """An objective with random weights."""
     settings = ObjectiveConfig(name=name, pretraining=SETTINGS[name])
-    objective = build_objective(small_vit(pictures, seed), settings, Task(()))
-    objective.set_trainable("all", 1)
-    return objective.train()
+    return build_objective(small_vit(pictures, seed), settings, Task(()))
 
 
 def batches(pictures: Pictures, seed: int, *, local: bool) -> Iterator[dict[str, Tensor]]:
@@ -108,6 +121,30 @@ def batches(pictures: Pictures, seed: int, *, local: bool) -> Iterator[dict[str,
             yield batch if small is None else {**batch, "local": small[chosen][:, None].float()}
 
 
+class Descent:
+    """Steps of an objective down its loss, as medvit's loop takes them.
+
+    Args:
+        objective: what is trained.
+        stage: rates.
+        steps: in all.
+        seed: of what is random in them.
+    """
+
+    def __init__(self, objective: Objective, stage: Stage, steps: int, seed: int) -> None:
+        self.steps, self.seed = steps, seed
+        objective.set_trainable(stage.trainable, stage.blocks)
+        objective.train()
+        self.training = StageTraining(make_fabric(LOOP), objective, stage.model_copy(update={"epochs": 1}), LOOP, steps)
+
+    def take(self, number: int, batch: dict[str, Tensor]) -> None:
+        """Take one."""
+        self.training.set_rates(number)
+        micro = MicroBatch(batch, progress=number / self.steps, seed=seed_for(self.seed, 0, number, 0))
+        self.training.gradient([micro], due=False)
+        self.training.move(skip=False)
+
+
 class Learning:
     """An objective under way.
 
@@ -117,43 +154,25 @@ class Learning:
     """
 
     def __init__(self, job: Job, pictures: Pictures) -> None:
-        self.job, self.patch = job, pictures.patch
         self.objective = build(job.objective, pictures, job.seed)
         rate = RATES[job.objective][job.cases != "digits"]
-        stage = Stage(lr=rate, backbone_lr=rate, warmup=0.1)
-        self.optimizer = torch.optim.AdamW(parameter_groups(self.objective, stage), fused=True)
-        self.factor, self.peaks = course(stage, job.steps), [group["lr"] for group in self.optimizer.param_groups]
+        self.descent = Descent(self.objective, Stage(lr=rate, backbone_lr=rate, warmup=0.1), job.steps, job.seed)
         self.feed = batches(pictures, job.seed, local=job.objective == "dino")
 
     def step(self, number: int, seen: Compression) -> float:
         """Take a step, whose batch is drawn beforehand; returns its processor seconds."""
-        batch, objective = next(self.feed), self.objective
-        for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
-            group["lr"] = peak * self.factor(number)
-        patch = None if seen.patch is None else seen.patch * self.patch
+        batch = next(self.feed)
         began = time.process_time()
-        with sparing(objective, Compression(seen.keep, patch), symmetric=True):
-            loss = objective({**batch, "totals": objective.totals(batch)}, number / self.job.steps)["loss"]
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_([p for p in objective.parameters() if p.requires_grad], 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        objective.after_step()
+        with sparing(self.objective, seen, symmetric=True):
+            self.descent.take(number, batch)
         return time.process_time() - began
 
 
-def pretrain(job: Job, pictures: Pictures) -> tuple[Objective, dict[str, Any]]:
+def pretrain(job: Job, pictures: Pictures) -> tuple[Objective, float]:
     """Take the steps of a job; what was learned, and the processor seconds that it took."""
-    learning, used = Learning(job, pictures), 0.0
-    torch.manual_seed(1000 + job.seed)
-    for number in range(job.steps):
-        used += learning.step(number, seen_at(job.strategy, number / job.steps))
-    return learning.objective, {"seconds": round(used, 2)}
-
-
-def seen_at(strategy: str, progress: float) -> Compression:
-    """How little is seen at a progress of 0..1."""
-    return [seen for begin, seen in STRATEGIES[strategy] if progress >= begin][-1]
+    learning, steps = Learning(job, pictures), schedule(job.strategy, pictures.patch)
+    used = [learning.step(number, compression_at(steps, number / job.steps)) for number in range(job.steps)]
+    return learning.objective, sum(used)
 
 
 def price(name: str, cases: str, pictures: Pictures, rounds: int = 15) -> dict[str, float]:
@@ -162,16 +181,17 @@ def price(name: str, cases: str, pictures: Pictures, rounds: int = 15) -> dict[s
     Medians of rounds in which all that is seen takes turns, after two that do not count: whatever else the machine does
     meets all alike. One price is for all seeds.
     """
-    learning = Learning(Job(cases, name, "uncompressed", 1.0, 1000, 0), pictures)
-    possible = STRATEGIES if learning.objective.patches_vary else ["uncompressed"]
-    strategies = {strategy: STRATEGIES[strategy] for strategy in possible}
-    kinds = list(dict.fromkeys(seen for parts in strategies.values() for _, seen in parts))
-    seconds = np.array([[learning.step(turn, seen) for seen in kinds] for turn in range(-2, rounds)])[2:]
+    learning = Learning(Job(cases, name, "uncompressed", 1.0, 1000, 0, 0), pictures)
+    possible = STRATEGIES if learning.objective.patches_vary else STRATEGIES[:1]
+    schedules = {strategy: schedule(strategy, pictures.patch) for strategy in possible}
+    kinds = list(dict.fromkeys(compression_of(step) for steps in schedules.values() for step in steps))
+    seconds = np.array([[learning.step(turn, seen) for seen in kinds] for turn in range(rounds + 2)])[2:]
     each = dict(zip(kinds, np.median(seconds, axis=0), strict=True))
     found = {}
-    for strategy, parts in strategies.items():
-        ends = [begin for begin, _ in parts[1:]] + [1.0]
-        found[strategy] = float(sum((end - begin) * each[seen] for (begin, seen), end in zip(parts, ends, strict=True)))
+    for strategy, steps in schedules.items():
+        ends = [step.from_progress for step in steps[1:]] + [1.0]
+        spans = [(end - step.from_progress, compression_of(step)) for step, end in zip(steps, ends, strict=True)]
+        found[strategy] = float(sum(span * each[seen] for span, seen in spans))
     return found
 
 

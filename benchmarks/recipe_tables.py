@@ -1,6 +1,5 @@
 """What the runs of `recipe.py` say: tables with intervals, the claim on progressive resizing, and what follows."""
 
-import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from lines import add_line, read_lines
 from recipe_contenders import CONTENDERS
 from recipe_run import Job
 
@@ -55,14 +55,12 @@ class Runs:
     jobs: Sequence[Job]
 
     def __post_init__(self) -> None:
-        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
-        self.rows = {_key(row): row for row in map(json.loads, lines)}
+        self.rows = {_key(row): row for row in read_lines(self.path)}
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Keep a run."""
         self.rows[_key(row)] = row
-        with self.path.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(row) + "\n")
+        add_line(self.path, row)
 
     def missing(self, name: str) -> list[Job]:
         """Jobs of a set that are not done."""

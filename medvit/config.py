@@ -224,6 +224,11 @@ class ObjectiveConfig(_Section):
     )
 
     @property
+    def symmetric(self) -> bool:
+        """Whether a teacher is to see as little of a slice as its student."""
+        return self.acceleration is not None and self.acceleration.symmetric
+
+    @property
     def adapts(self) -> bool:
         """Whether it learns from unlabelled cases of target sites."""
         return self.name in ("dann", "cdan", "mmd")

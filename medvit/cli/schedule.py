@@ -90,8 +90,7 @@ def write(errors: Sequence[training.GradientError], config: Config, output: Path
     training.write_errors(errors, output / "gradient_error.csv")
     training.draw_errors(errors).savefig(output / "gradient_error.png", dpi=150)
     schedule = training.derive_schedule(errors)
-    given = config.objective.acceleration
-    symmetric = given is not None and given.symmetric
+    symmetric = config.objective.symmetric
     acceleration = AccelerationConfig(schedule=schedule, symmetric=symmetric) if len(schedule) > 1 else None
     objective = config.objective.model_copy(update={"acceleration": acceleration})
     # an early end might come before whole slices do

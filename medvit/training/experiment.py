@@ -21,7 +21,6 @@ import torch
 
 from medvit import __version__
 from medvit.config import Config, Stage
-from medvit.data.cache import SliceCache
 from medvit.data.dataset import CaseDataset
 from medvit.data.splits import Fold, Indices
 from medvit.inference import Encoder, Judged, Model, softmax
@@ -34,14 +33,11 @@ from medvit.objectives import Objective, Task, build_objective
 from medvit.records import Case, Prediction, UsageError
 from medvit.training import adaptation, processes
 from medvit.training.journal import write_metrics
-from medvit.training.loop import Run, fit
-from medvit.training.material import Floats, Labels, Material, Reporter
+from medvit.training.material import Floats, Labels, Material
 from medvit.training.normalising import mean_and_std
+from medvit.training.runner import Runner, Watch
 from medvit.training.state import History, Metrics
 from medvit.training.timing import Timing, time_step
-
-Watch = Callable[[Objective, CaseDataset], None]
-"""Looks at what is trained, and at what it is trained on."""
 
 
 @dataclass(frozen=True)
@@ -88,28 +84,14 @@ class Result:
 
 
 @dataclass
-class Experiment:
-    """Everything that stays the same over the folds.
+class Experiment(Runner):
+    """A run on labelled cases, and unlabelled ones of target sites: what stays the same over its folds.
 
     Attributes:
-        config: the run's.
-        cases: labelled, and unlabelled ones of target sites.
-        classes: names in order.
-        slices: cache of prepared slices.
-        folder: RUN.
-        judge: how to judge.
-        reporter: how to show progress.
-        resume: continue what is in `folder`.
+        judge: how to judge; all else as in `Runner`.
     """
 
-    config: Config
-    cases: Sequence[Case]
-    classes: tuple[str, ...]
-    slices: SliceCache
-    folder: Path
     judge: Judge
-    reporter: Reporter = field(default_factory=Reporter)
-    resume: bool = False
     weights: WeightReport = field(default_factory=lambda: WeightReport("none"), init=False)
     told: bool = field(default=False, init=False)
 
@@ -188,25 +170,15 @@ class Experiment:
             self.told = True
             for line in stages_of(model.encoder.classifier, self.config.training.stages):
                 self.reporter.say(line)
-        self._start(name, dataset, sum(stage.epochs for stage in self.config.training.stages))
-        if watch is not None:
-            watch(objective, dataset)
-
-        def validate() -> Metrics:
-            if watch is not None:
-                watch(objective, dataset)
-            return self._validate(model, fold)
-
-        return model, fit(objective, dataset, self.config.training, validate, self._run_settings(folder))
+        return model, self._fit(objective, dataset, lambda: self._validate(model, fold), folder, name, watch=watch)
 
     def refit(self, epochs: int) -> Model:
         """Train on all cases for a given number of epochs, without validation."""
         everyone = np.arange(len(self.cases))
         model = self._model(everyone)
         objective, dataset = self._learning(model, everyone, everyone[:0])
-        self._start("refit on all cases", dataset, epochs)
-        run = replace(self._run_settings(self.folder / "checkpoints" / "refit"), stop_after=epochs)
-        fit(objective, dataset, self.config.training, dict, run)
+        folder = self.folder / "checkpoints" / "refit"
+        self._fit(objective, dataset, dict, folder, "refit on all cases", stop_after=epochs)
         return model
 
     def _write_metrics(self, histories: Sequence[History]) -> None:
@@ -224,20 +196,6 @@ class Experiment:
         dataset = few.material.dataset(model.encoder, everyone, everyone[:0])
         prepare = (time.perf_counter() - began) / len(everyone)
         return Timing(prepare, time_step(objective, dataset, self.config.training.stages[-1], len(dataset)))
-
-    def _run_settings(self, folder: Path) -> Run:
-        return Run(
-            folder=folder,
-            resume=self.resume,
-            workers=self.config.data.workers,
-            on_step=self.reporter.step,
-            on_epoch=self.reporter.epoch,
-        )
-
-    def _start(self, name: str, dataset: CaseDataset, epochs: int) -> None:
-        labelled = int((dataset.labels >= 0).sum())
-        batches = -(-labelled // (self.config.training.batch_size * processes.count()))
-        self.reporter.start(name, batches * epochs)
 
     def _model(self, train: Indices) -> Model:
         """An untrained model with the weights that the config names, normalised for the given training cases."""

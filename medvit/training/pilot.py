@@ -53,8 +53,7 @@ def run_pilot(experiment: Experiment | Pretraining, fold: Fold, *, epochs: int, 
     stages, found = config.training.stages, list[GradientError]()
     total = sum(stage.epochs for stage in stages)
     points = {round(point * total) for point in POINTS}
-    given = experiment.config.objective.acceleration
-    symmetric = given is not None and given.symmetric
+    symmetric = experiment.config.objective.symmetric
     fabric, done = make_fabric(config.training), count()
 
     def watch(objective: Objective, dataset: CaseDataset) -> None:

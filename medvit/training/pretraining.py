@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,8 +17,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from medvit.config import Config
-from medvit.data.cache import SliceCache
 from medvit.data.slice_views import ViewDataset
 from medvit.data.splits import Fold, Indices
 from medvit.inference import Encoder
@@ -28,13 +26,13 @@ from medvit.models.bundle_info import BundleInfo
 from medvit.models.classifier import CtClassifier, build_classifier
 from medvit.models.weights import WeightReport, check_input
 from medvit.objectives import Objective, Task, build_objective
-from medvit.records import Case, UsageError
+from medvit.records import UsageError
 from medvit.training import processes
 from medvit.training.collapse import examine
-from medvit.training.experiment import Watch, provenance, stages_of, training_range
-from medvit.training.loop import Run, fit
-from medvit.training.material import Labels, Reporter
+from medvit.training.experiment import provenance, stages_of, training_range
+from medvit.training.material import Labels
 from medvit.training.normalising import mean_and_std
+from medvit.training.runner import Runner, Watch
 from medvit.training.state import History, Metrics
 from medvit.training.timing import Timing, time_step
 
@@ -56,28 +54,14 @@ class Learning(NamedTuple):
 
 
 @dataclass
-class Pretraining:
-    """A run without labels.
+class Pretraining(Runner):
+    """A run without labels on all cases that could be read, some of which may have labels.
 
     Attributes:
-        config: the run's.
-        cases: all that could be read; some may have labels.
-        classes: of the labels, in order; empty without.
-        slices: cache of prepared slices.
-        folder: RUN.
-        probe: how labels judge features; None: they do not.
-        reporter: how to show progress.
-        resume: continue what is in `folder`.
+        probe: how labels judge features; None: they do not. All else as in `Runner`.
     """
 
-    config: Config
-    cases: Sequence[Case]
-    classes: tuple[str, ...]
-    slices: SliceCache
-    folder: Path
     probe: Probe | None = None
-    reporter: Reporter = field(default_factory=Reporter)
-    resume: bool = False
 
     def run(self, fold: Fold) -> History:
         """Train on the training side, watch the validation side, write RUN/bundle.
@@ -105,32 +89,19 @@ class Pretraining:
         Raises:
             UsageError: as `run`.
         """
-        learning, training = self._learning(fold.train), self.config.training
+        learning = self._learning(fold.train)
         objective, dataset = learning.objective, learning.dataset
-        for line in stages_of(objective.classifier, training.stages):
+        for line in stages_of(objective.classifier, self.config.training.stages):
             self.reporter.say(line)
-        batches = -(-len(fold.train) // (training.batch_size * processes.count()))
-        self.reporter.start(name, batches * sum(stage.epochs for stage in training.stages))
 
         def tell(row: dict[str, object]) -> None:
             self._copy_metrics(folder)
             self.reporter.epoch(row)
 
-        def validate() -> Metrics:
-            if watch is not None:
-                watch(objective, dataset)
-            return self._validate(learning, fold)
-
-        if watch is not None:
-            watch(objective, dataset)
-        run = Run(
-            folder=folder,
-            resume=self.resume,
-            workers=self.config.data.workers,
-            on_step=self.reporter.step,
-            on_epoch=tell,
+        history = self._fit(
+            objective, dataset, lambda: self._validate(learning, fold), folder, name, watch=watch, on_epoch=tell
         )
-        return learning, fit(objective, dataset, training, validate, run)
+        return learning, history
 
     def time_step(self, train: Indices) -> Timing:
         """Time one training step on the first batch, after one to warm up."""

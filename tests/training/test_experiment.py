@@ -20,6 +20,7 @@ from medvit.data.splits import Fold
 from medvit.inference import load_bundle
 from medvit.models.bundle import open_bundle
 from medvit.records import Case, UsageError
+from medvit.training import runner
 from medvit.training.experiment import Experiment, Judge, Result
 
 CLASSES = ("none", "bleed")
@@ -328,8 +329,11 @@ def test_augmentation_of_the_config_reaches_the_training_cases(root, tmp_path):
     assert not torch.equal(seen[0], seen[1])
 
 
-def test_workers_of_the_config_reach_the_fit(root, tmp_path):
-    assert with_data(make(root, tmp_path), workers=3)._run_settings(tmp_path).workers == 3
+def test_workers_of_the_config_reach_the_fit(root, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(runner, "fit", lambda *given: seen.append(given[-1].workers))
+    with_data(make(root, tmp_path), workers=3).refit(1)
+    assert seen == [3]
 
 
 @pytest.mark.parametrize(

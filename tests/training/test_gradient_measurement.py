@@ -143,10 +143,8 @@ def test_compressions_see_the_same_batches_in_turn(fabric):
 
 
 def test_cost_is_measured_time_and_not_the_share_of_tokens(fabric, monkeypatch):
-    ticks = itertools.count()
-    monkeypatch.setattr(
-        gradient_measurement.time, "perf_counter", lambda: float(next(ticks))
-    )  # every step takes one tick
+    ticks = itertools.count()  # every step takes one
+    monkeypatch.setattr(gradient_measurement.time, "perf_counter", lambda: float(next(ticks)))
     _, few = measure_errors(make_objective(), steps(3), [FEW], 0.5, fabric)
     assert (few.cost, few.tokens_share) == (1.0, 0.25)
 
