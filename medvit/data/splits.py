@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
+from itertools import islice
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +24,9 @@ Indices = npt.NDArray[np.intp]
 
 SPLITS = ("train", "val", "test")
 """What a split column must say, each of them somewhere; it may also say `target`: trained on without labels."""
+
+FINE = 10
+"""Into so many parts patients are cut where the fraction to be held out asks for it and there are enough of them."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,7 @@ def make_folds(cases: Sequence[Case], data: DataConfig, seed: int) -> list[Fold]
         outer = _stratified(everyone, labels, groups, data.folds, seed, "data.folds")
         folds = [_with_validation(rest, test, labels, groups, data, seed) for rest, test in outer]
     else:
-        rest, test = _stratified(everyone, labels, groups, _parts(data.test_fraction), seed, "data.test_fraction")[0]
+        rest, test = _hold_out(everyone, labels, groups, data.test_fraction, seed, "data.test_fraction")
         folds = [_with_validation(rest, test, labels, groups, data, seed)]
     for fold in folds:
         check_leakage(cases, fold)
@@ -89,12 +94,14 @@ def split_patients(cases: Sequence[Case], data: DataConfig, seed: int) -> Fold:
     test, val = (np.isin(groups, groups[splits == name]) for name in ("test", "val"))
     val &= ~test
     rest = np.flatnonzero(~test)
-    parts = min(_parts(data.validation_fraction), len(set(groups[rest])))
-    if parts < 2:
+    most = min(max(_parts(data.validation_fraction), FINE), len(set(groups[rest])))
+    if most < 2:
         raise UsageError("pretraining needs two patients to learn from and one to validate on. Give more CT.")
     if not val.any():
-        _, watched = next(GroupKFold(parts, shuffle=True, random_state=seed).split(rest, groups=groups[rest]))
-        val[rest[watched]] = True
+        share = _share(data.validation_fraction, most)
+        parts = GroupKFold(share.denominator, shuffle=True, random_state=seed).split(rest, groups=groups[rest])
+        for _, watched in islice(parts, share.numerator):
+            val[rest[watched]] = True
     return Fold(np.flatnonzero(~test & ~val), np.flatnonzero(val), np.flatnonzero(test))
 
 
@@ -118,18 +125,41 @@ def check_leakage(cases: Sequence[Case], fold: Fold) -> None:
 
 
 def _parts(fraction: float) -> int:
-    return max(2, round(1 / fraction))
+    """Into how many equal parts patients must be cut so that a fraction is about one of them, or all but one."""
+    return max(2, round(1 / fraction), round(1 / (1 - fraction)))
+
+
+def _share(fraction: float, most: int) -> Fraction:
+    """So many of so many parts, the nearest to a fraction; one at least, and not all, of `most` at most."""
+    nearest = Fraction(fraction).limit_denominator(most)
+    return min(max(nearest, Fraction(1, most)), 1 - Fraction(1, most))
+
+
+def _patients_of(chosen: Indices, labels: npt.NDArray[np.str_], groups: npt.NDArray[np.str_]) -> dict[str, int]:
+    """Label -> how many patients of the chosen cases have it."""
+    return {str(name): len(set(groups[chosen][labels[chosen] == name])) for name in np.unique(labels[chosen])}
+
+
+def _hold_out(
+    chosen: Indices, labels: npt.NDArray[np.str_], groups: npt.NDArray[np.str_], fraction: float, seed: int, key: str
+) -> tuple[Indices, Indices]:
+    """(rest, part): the nearest to a fraction of the patients that parts with every class allow."""
+    fewest = min(_patients_of(chosen, labels, groups).values(), default=0)
+    share = _share(fraction, max(_parts(fraction), min(FINE, fewest)))
+    parts = _stratified(chosen, labels, groups, share.denominator, seed, key)[: share.numerator]
+    part = np.sort(np.concatenate([one for _, one in parts]))
+    return np.setdiff1d(chosen, part), part
 
 
 def _stratified(
     chosen: Indices, labels: npt.NDArray[np.str_], groups: npt.NDArray[np.str_], parts: int, seed: int, key: str
 ) -> list[tuple[Indices, Indices]]:
     """(rest, part) for each of `parts` patient-wise parts of the chosen cases, each with every class."""
-    patients = {str(name): set(groups[chosen][labels[chosen] == name]) for name in np.unique(labels[chosen])}
-    fewest = min(patients, key=lambda name: len(patients[name]))
-    if len(patients[fewest]) < parts:
+    patients = _patients_of(chosen, labels, groups)
+    fewest = min(patients, key=lambda name: patients[name])
+    if patients[fewest] < parts:
         raise UsageError(
-            f"{key}: saw {len(set(groups[chosen]))} patients, {len(patients[fewest])} of them with label {fewest!r}; "
+            f"{key}: saw {len(set(groups[chosen]))} patients, {patients[fewest]} of them with label {fewest!r}; "
             f"{parts} parts need at least {parts} of each label. Lower data.folds, or label more patients."
         )
     splitter = StratifiedGroupKFold(n_splits=parts, shuffle=True, random_state=seed)
@@ -144,8 +174,7 @@ def _with_validation(
     data: DataConfig,
     seed: int,
 ) -> Fold:
-    parts = _parts(data.validation_fraction)
-    train, val = _stratified(rest, labels, groups, parts, seed + 1, "data.validation_fraction")[0]
+    train, val = _hold_out(rest, labels, groups, data.validation_fraction, seed + 1, "data.validation_fraction")
     return Fold(train, val, test)
 
 
@@ -173,11 +202,10 @@ def _towards_target(
     at_target = _of_sites(cases, data.target_sites, groups, "data.target_sites")
     labelled = np.array([case.label is not None for case in cases])
     source, judged = np.flatnonzero(~at_target & labelled), np.flatnonzero(at_target & labelled)
-    parts = _parts(data.test_fraction)
-    rest, test = _stratified(source, labels, groups, parts, seed, "data.test_fraction")[0]
-    patients = [len(set(groups[judged][labels[judged] == name])) for name in np.unique(labels[judged])]
-    if min(patients, default=0) >= parts:  # few labels are all for judging
-        _, judged = _stratified(judged, labels, groups, parts, seed, "data.test_fraction")[0]
+    rest, test = _hold_out(source, labels, groups, data.test_fraction, seed, "data.test_fraction")
+    fewest = min(_patients_of(judged, labels, groups).values(), default=0)
+    if fewest >= _parts(data.test_fraction):  # few labels are all for judging
+        _, judged = _hold_out(judged, labels, groups, data.test_fraction, seed, "data.test_fraction")
     test = np.concatenate([test, judged])
     fold = _with_validation(rest, test, labels, groups, data, seed)
     # an unlabelled scan of a patient who is judged has been seen as well

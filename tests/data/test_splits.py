@@ -60,8 +60,8 @@ def assert_apart(cases, fold):
     data=st.builds(
         DataConfig,
         folds=st.sampled_from([0, 2, 3, 5]),
-        test_fraction=st.floats(0.1, 0.5),
-        validation_fraction=st.floats(0.1, 0.5),
+        test_fraction=st.floats(0.05, 0.9),
+        validation_fraction=st.floats(0.05, 0.9),
         holdout_sites=st.sampled_from([(), ("North",), ("South", "West")]),
     ),
 )
@@ -86,13 +86,29 @@ def test_splits_depend_on_the_seed_only():
     assert not all(np.array_equal(a.test, b.test) for a, b in zip(one, other, strict=True))
 
 
-def test_single_split_holds_out_about_the_share_asked_for():
-    cases = cohort(200, 1)
-    (fold,) = make_folds(cases, DataConfig(test_fraction=0.25, validation_fraction=0.2), 0)
-    assert len(fold.test) / 200 == pytest.approx(0.25, abs=0.03)
-    assert len(fold.val) / 200 == pytest.approx(0.15, abs=0.03)
+@pytest.mark.parametrize("share", [0.07, 0.1, 0.25, 0.3, 0.4, 0.5, 0.6, 0.75, 0.9])
+def test_single_split_holds_out_about_the_share_asked_for(share):
+    cases = cohort(400, 1)
+    (fold,) = make_folds(cases, DataConfig(test_fraction=share, validation_fraction=0.2), 0)
+    assert len(fold.test) / 400 == pytest.approx(share, abs=0.02)
+    assert len(fold.val) / 400 == pytest.approx(0.2 * (1 - share), abs=0.02)
     shares = [np.mean([cases[i].label == "yes" for i in side]) for side in (fold.train, fold.val, fold.test)]
-    assert np.ptp(shares) < 0.1
+    assert np.ptp(shares) < 0.15
+
+
+@pytest.mark.parametrize("share", [0.1, 0.3, 0.4, 0.75])
+def test_pretraining_watches_about_the_share_asked_for(share):
+    fold = split_patients(cohort(200, 1), DataConfig(validation_fraction=share), 0)
+    assert len(fold.val) / 200 == pytest.approx(share, abs=0.02)
+    assert len(fold.train) + len(fold.val) == 200
+
+
+def test_a_share_that_few_patients_do_not_allow_is_the_nearest_that_they_do():
+    cases = cohort(16, 1)
+    fewest = min(sum(case.label == name for case in cases) for name in ("yes", "no"))
+    assert fewest < 10
+    (fold,) = make_folds(cases, DataConfig(test_fraction=0.3, validation_fraction=0.5), 0)
+    assert len(fold.test) / 16 == pytest.approx(0.3, abs=0.1)
 
 
 def test_held_out_sites_are_the_test_split_with_all_of_their_patients():
