@@ -12,9 +12,9 @@ SHORT = {
     "LEARN, ADAPT = 14, 42": "LEARN, ADAPT = 1, 2",
     "make_patients(360, 3,": "make_patients(90, 3,",
     '"training.stages.0.epochs=6"': '"training.stages.0.epochs=2", "evaluation.robustness.minutes=0.1"',
-    "PRETRAIN = 30": "PRETRAIN = 3",
-    "TUNE = 12": "TUNE = 2",
-    "make_patients(240, 5)": "make_patients(120, 5)",
+    "PRETRAIN = 40": "PRETRAIN = 2",
+    "TUNE = 50": "TUNE = 2",
+    "make_patients(240, 5)": "make_patients(100, 5)",
 }
 """What takes a notebook long -> what shows no more than that it runs."""
 
