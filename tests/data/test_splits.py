@@ -93,7 +93,7 @@ def test_single_split_holds_out_about_the_share_asked_for(share):
     assert len(fold.test) / 400 == pytest.approx(share, abs=0.02)
     assert len(fold.val) / 400 == pytest.approx(0.2 * (1 - share), abs=0.02)
     shares = [np.mean([cases[i].label == "yes" for i in side]) for side in (fold.train, fold.val, fold.test)]
-    assert np.ptp(shares) < 0.15
+    assert np.ptp(shares) < 0.1
 
 
 @pytest.mark.parametrize("share", [0.1, 0.3, 0.4, 0.75])
