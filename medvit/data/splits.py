@@ -158,9 +158,10 @@ def _stratified(
     patients = _patients_of(chosen, labels, groups)
     fewest = min(patients, key=lambda name: patients[name])
     if patients[fewest] < parts:
+        remedy = "Lower it" if key == "data.folds" else "Bring it nearer to 0.5"
         raise UsageError(
             f"{key}: saw {len(set(groups[chosen]))} patients, {patients[fewest]} of them with label {fewest!r}; "
-            f"{parts} parts need at least {parts} of each label. Lower data.folds, or label more patients."
+            f"{parts} parts need at least {parts} of each label. {remedy}, or label more patients."
         )
     splitter = StratifiedGroupKFold(n_splits=parts, shuffle=True, random_state=seed)
     return [(chosen[rest], chosen[part]) for rest, part in splitter.split(chosen, labels[chosen], groups[chosen])]

@@ -137,6 +137,18 @@ def test_too_few_patients_for_the_folds_names_the_numbers():
     assert caught.value.exit_code == EXIT_USAGE
 
 
+@pytest.mark.parametrize(
+    ("settings", "remedy"),
+    [
+        ({"folds": 5}, r"data\.folds.*Lower it"),
+        ({"test_fraction": 0.05}, r"data\.test_fraction.*Bring it nearer to 0\.5"),
+    ],
+)
+def test_too_few_patients_names_the_setting_to_change(settings, remedy):
+    with pytest.raises(UsageError, match=remedy):
+        make_folds([case(n, n, "yes" if n < 3 else "no") for n in range(20)], DataConfig(**settings), 0)
+
+
 def given_split(names):
     return [case(n, n if group is None else group, label, split=split) for n, (split, group, label) in enumerate(names)]
 

@@ -234,10 +234,10 @@ def test_padding_plays_no_part(name):
 def together(tmp_path_factory) -> dict[str, step.Step]:
     folder: Path = tmp_path_factory.mktemp("processes")
     multiprocessing.spawn(step.step_together, args=(2, str(folder)), nprocs=2)
-    return {name: torch.load(folder / f"{name}.pt") for name in step.GLOBAL}
+    return {name: torch.load(folder / f"{name}.pt") for name in step.METHODS}
 
 
-@pytest.mark.parametrize("name", step.GLOBAL)
+@pytest.mark.parametrize("name", step.METHODS)
 def test_two_processes_have_the_loss_and_the_gradient_of_one_with_the_joined_batch(together, name):
     (ours, our_buffers, our_loss), (expected, buffers, loss) = together[name], step.step_alone(name)
     assert our_loss == pytest.approx(loss, rel=1e-9)
