@@ -100,7 +100,9 @@ class ModelConfig(_Section):
         {}, description="further arguments of the timm model, for example {depth: 4, patch_size: 8}"
     )
     features: Literal["cls_mean", "pooled"] = Field(
-        "cls_mean", description="cls_mean: CLS (if any) and mean patch token; pooled: timm's own pooling"
+        "cls_mean",
+        description="cls_mean: CLS (if any) and mean patch token; pooled: timm's own pooling. Not of tuning=synqt, "
+        "whose answers are the features",
     )
     pooling: Literal["attention", "mean", "max"] = Field("attention", description="slices to study")
     pooling_width: int = Field(64, gt=0, description="hidden width of the attention pooling")
@@ -161,7 +163,7 @@ class AccelerationConfig(_Section):
 
 
 LATEST_UNCOMPRESSED = 0.9
-"""Progress at which every training sees whole slices again: its last tenth at least."""
+"""Share of what a backbone learns after which it sees whole slices again, at the latest: its last tenth is whole."""
 
 
 class PretrainingConfig(_Section):
@@ -415,6 +417,13 @@ class Config(_Section):
         crops = {self.data.views.local_size} if self.objective.pretrains and self.data.views.local else set()
         return {stage.size or self.preprocessing.size for stage in self.training.stages} | crops
 
+    @property
+    def learns_until(self) -> float:
+        """Progress at which the last stage ends in which the backbone learns; 0 where none is."""
+        stages = self.training.stages
+        ends = [number for number, stage in enumerate(stages, 1) if stage.trainable != "head"]
+        return sum(stage.epochs for stage in stages[: max(ends, default=0)]) / sum(stage.epochs for stage in stages)
+
     @model_validator(mode="after")
     def _folds_hold_out(self) -> Config:
         if self.data.folds == 1:
@@ -453,6 +462,12 @@ class Config(_Section):
                 "training.patience may end a training before it has seen whole slices again: it must be 0 with "
                 "objective.acceleration"
             )
+        whole, latest = self.objective.acceleration.schedule[-1].from_progress, LATEST_UNCOMPRESSED * self.learns_until
+        if whole > latest + 1e-9:
+            raise ValueError(
+                f"objective.acceleration: slices are whole from {whole:g} of the training on, and the backbone learns "
+                f"until {self.learns_until:g} (training.stages): let the last step begin at {latest:.3g} or before"
+            )
         for size in self.sizes:
             for step in self.objective.acceleration.schedule:
                 if step.patch is not None and size % step.patch:
@@ -481,6 +496,15 @@ class Config(_Section):
             )
         if self.training.select != "last" or self.training.patience:
             raise ValueError(f"objective.name {name} keeps the last epoch: set training.select=last, patience=0")
+        if self.data.sampling == "balanced":
+            raise ValueError(f"objective.name {name} knows no labels to balance: set data.sampling=shuffle")
+        if name == "dino" and self.training.ema:
+            raise ValueError("objective.name dino keeps its teacher, which is an average already: set training.ema=0")
+        if name == "mae" and self.training.compile:
+            raise ValueError(
+                "objective.name mae shows the encoder some patches only, past what is compiled: set "
+                "training.compile=false"
+            )
         if name != "mae" and views.count != 2:
             raise ValueError(f"objective.name {name} compares two views of a slice: set data.views.count=2")
         steps = self.objective.acceleration.schedule if self.objective.acceleration else ()

@@ -89,7 +89,7 @@ def write(errors: Sequence[training.GradientError], config: Config, output: Path
     output.mkdir(parents=True, exist_ok=True)
     training.write_errors(errors, output / "gradient_error.csv")
     training.draw_errors(errors).savefig(output / "gradient_error.png", dpi=150)
-    schedule = training.derive_schedule(errors)
+    schedule = training.derive_schedule(errors, config.learns_until)
     symmetric = config.objective.symmetric
     acceleration = AccelerationConfig(schedule=schedule, symmetric=symmetric) if len(schedule) > 1 else None
     objective = config.objective.model_copy(update={"acceleration": acceleration})

@@ -34,7 +34,8 @@ class Accelerated(Objective):
         config: the schedule.
 
     Raises:
-        UsageError: the model has no tokens to drop, a patch does not fit it, or tokens become fewer again.
+        UsageError: the model has no tokens to drop, a patch does not fit it or the objective, or tokens become fewer
+            again.
     """
 
     def __init__(self, objective: Objective, config: AccelerationConfig) -> None:
@@ -91,6 +92,11 @@ class Accelerated(Objective):
     def _check(self) -> None:
         backbone = self.classifier.backbone
         for step in self.config.schedule:
+            if step.patch is not None and not self.patches_vary:
+                raise UsageError(
+                    f"objective.acceleration: {type(self.objective).__name__} tells pixels of patches of one size. "
+                    "Accelerate it by `keep` alone."
+                )
             check_compression(backbone.model, compression_of(step), backbone.size)
         check_relaxing(self.config.schedule, backbone.patch)
         self.checked_size = backbone.size

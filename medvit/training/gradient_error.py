@@ -12,7 +12,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import combinations_with_replacement, pairwise
+from itertools import pairwise
+from operator import itemgetter
 
 import numpy as np
 import numpy.typing as npt
@@ -28,7 +29,7 @@ DIMENSIONS = 2**16
 """Of the projection: inner products of two gradients are off by about 1 / 256 of their norms."""
 
 UNCOMPRESSED_FROM = 0.85
-"""Progress from which a derived schedule leaves nothing out."""
+"""Share of what a backbone learns from which on a derived schedule leaves nothing out."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class GradientError:
         bias2: squared norm of the mean difference from the uncompressed gradient, estimated without bias: around 0 for
             an unbiased one, and below it as often as above.
         variance: of the gradient of one optimizer step, summed over its directions.
-        cost: median time of forward and backward, of the uncompressed time.
+        cost: median time of a step, drawing its batches included, of the uncompressed time.
         cosine: between the mean gradient and the uncompressed one: readable, and not corrected for scatter.
         steps: that were compared.
         bias2_error: standard error of `bias2`; NaN where it is not known.
@@ -135,15 +136,17 @@ class Projection:
         return result.numpy()
 
 
-def derive_schedule(errors: Sequence[GradientError]) -> tuple[AccelerationStep, ...]:
+def derive_schedule(errors: Sequence[GradientError], until: float = 1.0) -> tuple[AccelerationStep, ...]:
     """The schedule with the least cost-adjusted MSE among those whose tokens never become fewer.
 
     At each point that is the compression with the least, where these are in order; where they are not, the order with
     the least sum, each point in units of its own uncompressed error. A compression holds from halfway after the point
-    before, and from `UNCOMPRESSED_FROM` on nothing is left out. One step from 0 on means that compression does not pay.
+    before, and from `UNCOMPRESSED_FROM` of `until` on nothing is left out. One step from 0 on means that compression
+    does not pay.
 
     Args:
         errors: of the same compressions at one point or more, the uncompressed one among them.
+        until: progress, 0..1, at which the backbone ends to learn (`Config.learns_until`).
 
     Raises:
         ValueError: a point lacks a compression that another one has.
@@ -158,12 +161,19 @@ def derive_schedule(errors: Sequence[GradientError]) -> tuple[AccelerationStep, 
     def relative(point: float, one: Compression) -> float:
         return table[point, one].ca_mse / table[point, NONE].ca_mse
 
-    best = min(
-        combinations_with_replacement(compressions, len(points)),
-        key=lambda chosen: sum(map(relative, points, chosen)),
-    )
+    share = dict(ranked)
+    orders: dict[Compression, tuple[float, tuple[Compression, ...]]] = dict.fromkeys(compressions, (0.0, ()))
+    for point in points:  # the best order that ends with each compression, from those that end one point before
+        ended = orders
+        orders = {}
+        for one in compressions:
+            allowed = [order for last, order in ended.items() if share[last] <= share[one] * (1 + 1e-9)]
+            total, order = min(allowed, key=itemgetter(0))
+            orders[one] = total + relative(point, one), (*order, one)
+    _, best = min(orders.values(), key=itemgetter(0))
     begins = [0.0, *((before + after) / 2 for before, after in pairwise(points))]
-    held = [(begin, one) for begin, one in zip(begins, best, strict=True) if begin < UNCOMPRESSED_FROM]
-    held.append((UNCOMPRESSED_FROM, NONE))
+    whole = UNCOMPRESSED_FROM * until
+    held = [(begin, one) for begin, one in zip(begins, best, strict=True) if begin < whole]
+    held.append((whole, NONE))
     changes = [held[0], *(after for before, after in pairwise(held) if after[1] != before[1])]
     return tuple(AccelerationStep(from_progress=begin, keep=one.keep, patch=one.patch) for begin, one in changes)

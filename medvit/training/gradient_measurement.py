@@ -36,20 +36,23 @@ def measure_errors(
     fabric: Fabric,
     *,
     symmetric: bool = False,
+    workers: int = 0,
 ) -> list[GradientError]:
     """Compare gradients of an objective at its present weights; it is left as it was.
 
     Every compression sees the same batches and begins with the same random numbers and the same state (a queue of
     negatives), so that only what is left out differs. They take turns: what else the machine does slows all alike. What
-    is timed is forward and backward, after a first round to warm up; loading and the optimizer come on top.
+    is timed is drawing a step's batches, the same for all, and forward and backward, after a first round to warm up;
+    the optimizer comes on top.
 
     Args:
         objective: not accelerated itself, on the device of `fabric`, at the size of the batches.
-        steps: J, each with the micro-batches of one optimizer step, no case in two of them.
+        steps: J, each with the micro-batches of one optimizer step, no case in two of them; drawn one by one.
         compressions: to compare with the uncompressed gradient, which always takes part.
         progress: 0..1, as told to the objective.
         fabric: device and precision.
         symmetric: other backbones of the objective, its teacher, see as little as the one that learns.
+        workers: loader processes of the training; 0: it waits for each batch to be drawn.
 
     Raises:
         UsageError: the model cannot be compressed so.
@@ -61,15 +64,17 @@ def measure_errors(
         check_compression(backbone.model, one, backbone.size)
     gradients: dict[Compression, list[Floats]] = {one: [] for one in compared}
     seconds: dict[Compression, list[float]] = {one: [] for one in compared}
+    drawing: list[float] = []
     step = partial(_step, objective, progress=progress, fabric=fabric, symmetric=symmetric)
     with _left_as_it_was(objective):
-        for number, batches in enumerate(steps):
+        for number, batches in enumerate(_timed(steps, drawing)):
             for one in compared if number == 0 else ():
                 step(batches, one, seed=number)
             for one in compared:
                 seconds[one].append(step(batches, one, seed=number))
                 gradients[one].append(project(_gradients(objective)))
-    reference, took = np.stack(gradients[NONE]), float(np.median(seconds[NONE]))
+    reference, drawn = np.stack(gradients[NONE]), float(np.median(drawing))
+    took = {one: step_seconds(float(np.median(seconds[one])), drawn, workers) for one in compared}
     return [
         GradientError(
             progress=progress,
@@ -77,13 +82,33 @@ def measure_errors(
             tokens_share=one.share(backbone.patch),
             bias2=squared_bias(own - reference),
             variance=total_variance(own),
-            cost=float(np.median(seconds[one])) / took,
+            cost=took[one] / took[NONE],
             cosine=cosine(own.mean(axis=0), reference.mean(axis=0)),
             steps=len(own),
             bias2_error=squared_bias_error(own - reference),
         )
         for one, own in ((one, np.stack(gradients[one])) for one in compared)
     ]
+
+
+def step_seconds(computed: float, drawn: float, workers: int) -> float:
+    """Of a training step: what drawing its batches takes is a floor that no compression lowers.
+
+    Args:
+        computed: seconds of forward and backward.
+        drawn: seconds of drawing, in one process.
+        workers: that draw side by side, and beside the training; 0: one waits for the other.
+    """
+    return max(computed, drawn / workers) if workers else computed + drawn
+
+
+def _timed(steps: Iterable[Sequence[Batch]], seconds: list[float]) -> Iterator[Sequence[Batch]]:
+    """The steps; what drawing each has taken is added to `seconds`."""
+    began = time.perf_counter()
+    for step in steps:
+        seconds.append(time.perf_counter() - began)
+        yield step
+        began = time.perf_counter()
 
 
 def _step(

@@ -6,8 +6,10 @@ compared on the same batches (`medvit.training.gradient_measurement`), and each 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Iterator
 from dataclasses import replace
+from functools import partial
 from itertools import count
 
 from torch import Tensor
@@ -57,9 +59,12 @@ def run_pilot(experiment: Experiment | Pretraining, fold: Fold, *, epochs: int, 
     fabric, done = make_fabric(config.training), count()
 
     def watch(objective: Objective, dataset: CaseDataset) -> None:
-        epoch, classifier = next(done), objective.classifier
-        if epoch == 0:
+        epoch = next(done)
+        if epoch == 0:  # nothing is set yet: a copy stands where the first stage will
+            objective = copy.deepcopy(objective)
             objective.set_trainable(stages[0].trainable, stages[0].blocks)
+            dataset.size = objective.set_size(stages[0].size or objective.classifier.backbone.size)
+        classifier = objective.classifier
         learns = any(parameter.requires_grad for parameter in classifier.backbone.parameters())
         if epoch in points and learns and config.model.trunk_learns:
             experiment.reporter.say(f"comparing gradients after {epoch} of {total} epochs")
@@ -69,7 +74,8 @@ def run_pilot(experiment: Experiment | Pretraining, fold: Fold, *, epochs: int, 
             sizes = config.sizes | {classifier.backbone.nearest(px) for px in config.sizes}
             compressions = default_compressions(sizes, classifier.backbone.patch)
             fitting = [one for one in compressions if objective.patches_vary or one.patch is None]
-            found.extend(measure_errors(objective, batches, fitting, epoch / total, fabric, symmetric=symmetric))
+            compare = partial(measure_errors, symmetric=symmetric, workers=config.data.workers)
+            found.extend(compare(objective, batches, fitting, epoch / total, fabric))
 
     replace(experiment, config=config).fit_fold(fold, experiment.folder / "pilot", "pilot", watch)
     if not found:

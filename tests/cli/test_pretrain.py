@@ -249,6 +249,9 @@ WRONG = {
         ],
         "patches of one size",
     ),
+    "balanced": (["data.sampling=balanced"], "data.sampling=shuffle"),
+    "average": (["--config", "pretrain_dino", "training.ema=0.99"], "training.ema=0"),
+    "compiled": (["--config", "pretrain_mae", "training.compile=true"], "training.compile=false"),
     "patch": (["--config", "pretrain_dino", "data.views.local_size=20"], "no multiple of the model's patch"),
     "sweep": (["--sweep", "rates"], "--sweep"),
 }

@@ -86,12 +86,14 @@ ROUNDED = "training.stages=[{name: small, size: 36, epochs: 1}, {name: all, epoc
     ],
 )
 def test_pretraining_is_scheduled_without_labels(name, words, patches, site, tmp_path, monkeypatch):
-    seen, measure = [], pilot.measure_errors
+    seen, sizes, measure = [], [], pilot.measure_errors
 
-    def watched(objective, *given, symmetric):
+    def watched(objective, steps, *given, symmetric, **settings):
         learns = [parameter.requires_grad for parameter in objective.classifier.backbone.model.patch_embed.parameters()]
         seen.append((symmetric, any(learns)))
-        return measure(objective, *given, symmetric=symmetric)
+        steps = list(steps)
+        sizes.append((objective.classifier.backbone.size, steps[0][0]["input"].shape[-1]))
+        return measure(objective, steps, *given, symmetric=symmetric, **settings)
 
     monkeypatch.setattr(pilot, "measure_errors", watched)
     given = [str(site.folder), "--config", f"pretrain_{name}", "--output", str(tmp_path), *TINY, *SMALL, *words]
@@ -101,6 +103,8 @@ def test_pretraining_is_scheduled_without_labels(name, words, patches, site, tmp
     assert {row["patch"] for row in rows} == patches
     assert sorted({row["progress"] for row in rows}) == ["0", "0.25", "0.5", "0.75", "1"]
     load_config(tmp_path / "schedule.yaml")
+    if ROUNDED in words:  # from the beginning at the size of the stage, and then at the next one's
+        assert sizes == [(40, 40)] * 3 + [(48, 48)] * 2
     # a teacher as asked for; MoCo v3 does not let the patch projection learn
     assert set(seen) == {(name == "mocov3", name != "mocov3")}
 

@@ -288,6 +288,11 @@ def test_models_without_tokens_are_refused_at_once(model):
         make(schedule=RELAXING, model=model)
 
 
+def test_patches_of_other_sizes_are_refused_where_pixels_are_told_patch_by_patch():
+    with pytest.raises(UsageError, match="Mae tells pixels of patches of one size"):
+        make("mae", schedule=[{"from_progress": 0.0, "patch": 16}, {"from_progress": 0.5}])
+
+
 def test_a_patch_that_does_not_divide_a_later_size_is_refused_there(batch):
     objective = make(schedule=RELAXING)
     objective.classifier.set_size(40)
@@ -305,6 +310,10 @@ def test_a_patch_that_does_not_divide_a_later_size_is_refused_there(batch):
         ({"training": {"patience": 3}}, "must be 0"),
         ({"preprocessing": {"size": 40}}, "do not divide slices or crops of 40 px"),
         ({"training": {"stages": [{"size": 24}, {}]}}, "do not divide slices or crops of 24 px"),
+        (  # the backbone would never learn from whole slices
+            {"training": {"stages": [{"epochs": 8}, {"epochs": 2, "trainable": "head"}]}},
+            "learns until 0.8 .* begin at 0.72 or before",
+        ),
     ],
 )
 def test_the_config_refuses_what_could_not_work(settings, words):

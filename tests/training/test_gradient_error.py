@@ -168,6 +168,24 @@ def test_no_compression_at_all_is_a_schedule_too():
     AccelerationConfig(schedule=schedule)
 
 
+@pytest.mark.parametrize("first", ["kept", "patches"])
+def test_equal_shares_may_follow_each_other_in_either_order(first):
+    """A quarter of the tokens, and patches twice as large, cost as many: whichever is better early may come early."""
+    kept, patches = QUARTER, Compression(patch=16)
+    early, late = (kept, patches) if first == "kept" else (patches, kept)
+    points = [
+        errors(at, *((one, 0.25, 0.0, 10.0, 0.3 if one == better else 0.9) for one in (kept, patches)))
+        for at, better in ((0.0, early), (0.5, late))
+    ]
+    schedule = derive_schedule([*points[0], *points[1]])
+    assert [Compression(step.keep, step.patch) for step in schedule] == [early, late, NONE]
+
+
+def test_slices_are_whole_before_the_backbone_ends_to_learn():
+    everywhere = [replace(error, progress=at) for at in (0.0, 0.25, 0.5, 0.75) for error in EARLY]
+    assert as_rows(derive_schedule(everywhere, until=0.8)) == [(0.0, 0.25, None), (pytest.approx(0.68), 1.0, None)]
+
+
 def test_points_with_large_gradients_do_not_outweigh_others():
     large = [replace(error, bias2=1e6 * error.bias2, variance=1e6 * error.variance, progress=0.2) for error in EARLY]
     assert derive_schedule([*EARLY, *large]) == derive_schedule(EARLY)

@@ -1,6 +1,7 @@
 """Compressed gradients of real objectives: known answers, nothing but compression differs, nothing is left behind."""
 
 import itertools
+import time
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from medvit.objectives.selfsupervised import slow_copy
 from medvit.records import UsageError
 from medvit.training import gradient_measurement
 from medvit.training.device import make_fabric
-from medvit.training.gradient_measurement import measure_errors
+from medvit.training.gradient_measurement import measure_errors, step_seconds
 from tests.training.fits import make_objective, same, training, weights
 
 FEW = Compression(0.25)
@@ -62,6 +63,21 @@ def test_token_dropout_of_a_linear_model_scatters_as_sampling_theory_says_and_ha
     assert few.variance == pytest.approx(expected, rel=0.1)
     assert abs(few.bias2) < 4 * expected / 400
     assert few.tokens_share == 0.25
+
+
+def test_what_drawing_costs_is_part_of_the_price(fabric):
+    """Slow batches take as long for fewer tokens: the less there is to save, and beside workers up to a floor."""
+
+    def slowly() -> Any:
+        for _ in range(3):
+            time.sleep(0.3)  # a step computes some milliseconds
+            yield [slices(2)]
+
+    _, few = measure_errors(Linear(), slowly(), [FEW], 0.0, fabric)
+    assert few.cost == pytest.approx(1, abs=0.1)
+    assert step_seconds(8.0, 2.0, workers=0) == 10
+    assert step_seconds(8.0, 2.0, workers=1) == 8
+    assert step_seconds(1.0, 6.0, workers=2) == 3
 
 
 def test_the_bias_of_larger_patches_is_the_difference_of_gradients(fabric):
@@ -166,7 +182,7 @@ def test_a_teacher_sees_whole_slices_unless_it_is_to_see_as_little(fabric, symme
 
 def test_the_slowest_round_does_not_count(fabric, monkeypatch):
     """The median of five: one step that was interrupted, and the first round, which warms up."""
-    spans = [99, 99, 4, 2, 4, 2, 50, 70, 4, 2, 4, 2]
+    spans = [0, 99, 99, 4, 2, 0, 4, 2, 0, 50, 70, 0, 4, 2, 0, 4, 2, 0]  # 0: batches are drawn in no time
     ticks = itertools.accumulate(span for pair in spans for span in (0, pair))  # at the beginning and end of each
     monkeypatch.setattr(gradient_measurement.time, "perf_counter", lambda: float(next(ticks)))
     _, few = measure_errors(make_objective(), steps(5), [FEW], 0.5, fabric)
