@@ -141,7 +141,7 @@ class Material:
         """What the trunk makes of every slice, computed where missing; None where it changes, or there is no room."""
         if self.constant and encoder is not self.encoder:  # each fold may normalise by its own split
             prep, backbone = self.config.preprocessing, encoder.classifier.backbone
-            model = self.config.model.model_dump(include={"name", "features", "tuning"})
+            model = self.config.model.model_dump(include={"name", "options", "features", "tuning"})
             settings = json.dumps([prep.model_dump(mode="json"), encoder.mean, encoder.std, model])
             cache = FeatureCache(self.slices, f"{settings} {_digest(backbone.model)}", backbone.trunk_shape)
             missing = [case for case in self.cases if cache.find(case) is None]

@@ -431,6 +431,16 @@ def test_features_taken_otherwise_are_not_taken_for_each_other(root, tmp_path):
     assert files_of(tmp_path) == 2 * COUNT
 
 
+def test_features_of_a_model_with_other_options_are_not_taken_for_each_other(root, tmp_path):
+    """Other heads have weights of the same shapes, and other features."""
+    for heads in (2, 4):
+        experiment = make(root, tmp_path, mode="frozen")
+        options = {**experiment.config.model.options, "num_heads": heads}
+        model = experiment.config.model.model_copy(update={"options": options})
+        replace(experiment, config=experiment.config.model_copy(update={"model": model})).run_fold(FOLDS[0], 0)
+    assert files_of(tmp_path) == 2 * COUNT
+
+
 def test_synqt_predicts_from_its_bundle_what_its_folds_did(root, tmp_path):
     result = tuned(make(root, tmp_path), "synqt").run(FOLDS[:1])
     model = load_bundle(tmp_path)
