@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from timm.layers import DropPath
 from timm.layers.attention import Attention
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
@@ -129,11 +130,11 @@ class SynQT(Backbone):
 
     def __init__(self, model: Any, config: ModelConfig, size: int) -> None:
         super().__init__(model, config, size)
-        blocks = getattr(model, "blocks", ())
-        if not blocks or not all(type(getattr(block, "attn", None)) is Attention for block in blocks):
+        blocks = model.blocks if isinstance(model, VisionTransformer) else ()
+        if not blocks or not all(type(block) is Block and type(block.attn) is Attention for block in blocks):
             raise UsageError(
-                f"model.tuning synqt: {type(model).__name__} has no blocks with timm's plain attention. Choose a ViT, "
-                "DeiT or DINOv2 as model.name, or another model.tuning."
+                f"model.tuning synqt: {config.name} ({type(model).__name__}) is not made of timm's plain blocks. "
+                "Choose a ViT, DeiT or DINOv2 as model.name, or another model.tuning."
             )
         self.width = model.num_features
         self.attends, self.recomputes = False, False

@@ -143,12 +143,14 @@ def _backbone_of_run(path: Path) -> tuple[BundleInfo, dict[str, Tensor]]:
     """What the run says, and the tensors of its backbone by timm's names.
 
     Raises:
-        UsageError: as `read_info`, or the backbone is another one's with changes of low rank.
+        UsageError: as `read_info`, or what the run has learned is not in the weights of its model.
     """
     info, file = read_info(path)
-    if info.architecture.tuning == "lora":
+    if info.architecture.tuning in ("lora", "synqt"):
         raise UsageError(
-            f"model.weights {str(path)!r}: tuned by lora, whose changes are not taken apart from their run."
+            f"model.weights {str(path)!r}: tuned by {info.architecture.tuning}, which leaves the weights of its model "
+            "as they were, and what it learned beside them is not taken apart from its run. Give that model's own "
+            "weights, which it started from."
         )
     tensors = load_file(file)
     return info, {name.removeprefix(IN_BUNDLE): tensors[name] for name in tensors if name.startswith(IN_BUNDLE)}

@@ -24,9 +24,11 @@ from medvit.objectives.selfsupervised import (
     follow,
     mlp,
     slices_of,
+    slow_backbone,
     slow_copy,
     train_backbone_only,
 )
+from medvit.records import UsageError
 
 
 class Contrast(NamedTuple):
@@ -146,7 +148,7 @@ class MoCoV3(Objective):
         hidden, width = settings.hidden, settings.width
         self.projector = mlp((classifier.backbone.width, hidden, hidden, width), last_norm=True)
         self.predictor = mlp((width, hidden, width), last_norm=True)
-        self.slow_backbone, self.slow_projector = slow_copy(classifier.backbone), slow_copy(self.projector)
+        self.slow_backbone, self.slow_projector = slow_backbone(classifier.backbone), slow_copy(self.projector)
         self.freeze_patches = settings.freeze_patches
         self._hold_back()
         self.momentum = self.start
@@ -190,5 +192,12 @@ class MoCoV3(Objective):
         follow(self.slow_projector, self.projector, self.momentum)
 
     def _hold_back(self) -> None:
-        if self.freeze_patches:
-            self.classifier.backbone.model.patch_embed.requires_grad_(False)
+        if not self.freeze_patches:
+            return
+        model = self.classifier.backbone.model
+        if not hasattr(model, "patch_embed"):
+            raise UsageError(
+                f"objective.pretraining.freeze_patches: {type(model).__name__} has no patch projection. Set it to "
+                "false."
+            )
+        model.patch_embed.requires_grad_(False)

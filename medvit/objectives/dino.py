@@ -22,6 +22,7 @@ from medvit.objectives.selfsupervised import (
     encode_views,
     follow,
     slices_of,
+    slow_backbone,
     slow_copy,
     train_backbone_only,
 )
@@ -84,7 +85,7 @@ class Dino(Objective):
         self.classifier, self.settings = classifier, config.pretraining
         train_backbone_only(classifier)
         self.head = DinoHead(classifier.backbone.width, self.settings.hidden, self.settings.prototypes)
-        self.slow_backbone, self.slow_head = slow_copy(classifier.backbone), slow_copy(self.head)
+        self.slow_backbone, self.slow_head = slow_backbone(classifier.backbone), slow_copy(self.head)
         self.register_buffer("center", torch.zeros(self.settings.prototypes))
         # sum and number of outputs since the last step, of all its micro-batches and processes
         self.register_buffer("collected", torch.zeros(self.settings.prototypes + 1))

@@ -15,6 +15,7 @@ from medvit.models.compression import kept_tokens
 from medvit.models.crops import encode_patches, plain_vit
 from medvit.objectives.objective import Batch, Objective, Task
 from medvit.objectives.selfsupervised import slices_of, train_backbone_only
+from medvit.records import UsageError
 
 HEAD_WIDTH = 32
 """Of a head of the decoder's attention, as in the paper."""
@@ -36,6 +37,9 @@ class Mae(Objective):
         classifier: whose backbone is trained; a plain ViT.
         config: share of hidden patches, width and depth of the decoder.
         task: not used.
+
+    Raises:
+        UsageError: another model, or one that drops patches by itself.
     """
 
     patches_vary = False  # pixels are told patch by patch
@@ -46,6 +50,8 @@ class Mae(Objective):
         train_backbone_only(classifier)
         backbone, settings = classifier.backbone, config.pretraining
         model = plain_vit(backbone)
+        if not isinstance(model.patch_drop, nn.Identity):
+            raise UsageError("model.options.patch_drop_rate: objective.name mae chooses patches itself. Leave it out.")
         self.decoder = Decoder(
             int(model.num_features),
             settings.decoder_width,

@@ -18,9 +18,11 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
+from medvit.models.backbone import Backbone
 from medvit.models.classifier import CtClassifier
 from medvit.objectives.gathering import gather_rows
 from medvit.objectives.objective import Batch
+from medvit.records import UsageError
 
 Kind = TypeVar("Kind", bound=nn.Module)
 
@@ -50,6 +52,20 @@ def train_backbone_only(classifier: CtClassifier) -> None:
     """Hold back what no label teaches: a parameter without gradient would stop training in several processes."""
     for part in (classifier.norm, classifier.pooling, classifier.head):
         part.requires_grad_(False)
+
+
+def slow_backbone(backbone: Backbone) -> Backbone:
+    """A `slow_copy` of what encodes slices, which rests: no dropout.
+
+    Raises:
+        UsageError: a model with running statistics, which a copy that rests never gathers.
+    """
+    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in backbone.modules()):
+        raise UsageError(
+            f"model.name: {type(backbone.model).__name__} has BatchNorm, and the slow copy of objective.name mocov3 "
+            "and dino would never know its statistics. Use a ViT, or objective.name=simclr."
+        )
+    return slow_copy(backbone)
 
 
 def slow_copy(module: Kind) -> Kind:

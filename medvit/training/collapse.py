@@ -18,22 +18,27 @@ LOWEST_SPREAD = 0.01
 """Spread below which slices are the same but for rounding and noise. Random ViTs on slices of phantoms: 0.04 to 0.2."""
 
 
+FEWEST = 8
+"""Features below which both figures are low by themselves: of one, rank 1 and spread 0 whatever the encoder."""
+
+
 class Health(NamedTuple):
-    """`rank` from 1 to at most min(N, D), and `spread`, 0 to 1, of N features."""
+    """`rank` from 1 to at most min(N, D), and `spread`, 0 to 1, of N features; `telling` where N is enough."""
 
     rank: float
     spread: float
+    telling: bool
 
     @property
     def collapsed(self) -> bool:
         """Whether next to nothing is told apart."""
-        return self.rank < LOWEST_RANK or self.spread < LOWEST_SPREAD
+        return self.telling and (self.rank < LOWEST_RANK or self.spread < LOWEST_SPREAD)
 
 
 def examine(features: npt.NDArray[np.floating]) -> Health:
     """Rank and spread of features (N, D)."""
     values = np.asarray(features, np.float64)
-    return Health(effective_rank(values), spread(values))
+    return Health(effective_rank(values), spread(values), telling=len(values) >= FEWEST)
 
 
 def effective_rank(features: npt.NDArray[np.float64]) -> float:

@@ -154,13 +154,12 @@ class Pretraining(Runner):
             _log.warning(
                 "COLLAPSE: features of validation slices have effective rank %.2f and spread %.3f: slices are hardly "
                 "told apart. Stop; lower the learning rate, or change temperature or batch size.",
-                *health,
+                health.rank,
+                health.spread,
             )
-        found = {
-            "effective_rank": health.rank,
-            "feature_spread": health.spread,
-            "collapsed": float(health.collapsed),
-        }
+        found = {"effective_rank": health.rank, "feature_spread": health.spread}
+        if health.telling:
+            found["collapsed"] = float(health.collapsed)
         return found | self._probed(encoder, fold, slices)
 
     def _probed(self, encoder: Encoder, fold: Fold, val: Sequence[Floats]) -> Metrics:

@@ -81,7 +81,7 @@ def test_bundle_predicts_what_the_run_wrote(trained, site):
 
 
 @pytest.mark.parametrize("tuning", ["synqt", "lora"])
-def test_a_tuned_backbone_is_trained_judged_and_served_as_any_other(tuning, train_tiny, site, tmp_path):
+def test_a_tuned_backbone_is_trained_judged_and_served_as_any_other(tuning, train_tiny, site, tmp_path, capfd):
     stages = "[{name: head, trainable: head, epochs: 1}, {name: all, epochs: 1, size: 48}, {name: end, epochs: 1}]"
     more = (f"model.tuning={tuning}", f"training.stages={stages}")
     assert train_tiny(tmp_path / "run", *more) == 3
@@ -90,6 +90,9 @@ def test_a_tuned_backbone_is_trained_judged_and_served_as_any_other(tuning, trai
     served = {row["study_uid"]: float(row["p_1"]) for row in rows(tmp_path / "out" / "predictions.csv")}
     assert len(served) == site.patients
     assert len(list((tmp_path / "out" / "sc").iterdir())) == site.patients
+    # what it has learned is beside the model's weights: to start from them alone would be to start anew, unsaid
+    assert train_tiny(tmp_path / "second", *more, f"model.weights={tmp_path / 'run'}") == 2
+    assert f"tuned by {tuning}" in capfd.readouterr().err
 
 
 def test_folds_predict_every_case_out_of_fold(train_tiny, site, tmp_path):

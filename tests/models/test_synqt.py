@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from medvit.config import ModelConfig
+from medvit.models import synqt
 from medvit.models.backbone import build_backbone
-from medvit.models.synqt import Adapter, SynQT, answered
+from medvit.models.synqt import Adapter, Combination, SynQT, answered
 from medvit.records import UsageError
 
 MIB = 2**20
@@ -110,6 +111,32 @@ def test_features_are_those_of_the_equations(prompts):
     backbone = build(prompts=prompts).eval()
     entering = backbone.trunk(slices()).chunk(3, dim=1)
     torch.testing.assert_close(backbone(slices()), plain_features(backbone, entering), atol=1e-5, rtol=1e-5)
+
+
+def test_answers_of_blocks_are_dropped_in_training_and_the_last_one_never_is():
+    """DropPath 0.3 of each answer where they are put together (METHODS of the paper's code), and not of the last."""
+    torch.manual_seed(0)
+    mixed = Combination(8, 12, nn.LayerNorm(8)).train()
+    mixed.dropout.p = mixed.adapt.dropout.p = 0.0
+    last, answers = torch.randn(200, 8), torch.randn(200, 36, 8)
+    seen = []
+    mixed.drop_token.register_forward_hook(lambda _module, _given, dropped: seen.append(dropped.abs().sum(dim=1) == 0))
+    mixed(last, answers)
+    assert float(seen[0].float().mean()) == pytest.approx(0.3, abs=0.02)
+    assert seen[0].view(200, 36).any(dim=1).all()  # each case loses answers of its own
+    mixed.drop_token.drop_prob = 1 - 1e-9  # nothing but the last is left
+    torch.testing.assert_close(mixed(last, answers), mixed(last, torch.randn(200, 36, 8)))
+    assert not torch.allclose(mixed(last, answers), mixed(last + 1, answers))
+
+
+def test_a_tenth_of_what_adapters_queries_and_attention_say_is_dropped_in_training():
+    layers = [module for module in build().modules() if type(module) is synqt.Dropout]
+    assert len(layers) > 20
+    assert {layer.p for layer in layers} == {0.1}
+    values = torch.ones(100, 100)
+    for layer in layers:
+        assert float((layer.train()(values) == 0).float().mean()) == pytest.approx(0.1, abs=0.02)
+        assert torch.equal(layer.eval()(values), values)
 
 
 def test_an_adapter_starts_as_nothing():
@@ -220,13 +247,19 @@ def test_who_asks_how_pixels_matter_is_told():
     assert values.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize("name", ["resnet18", "swin_tiny_patch4_window7_224", "eva02_tiny_patch14_224"])
-def test_models_without_plain_attention_are_refused(name):
-    config = ModelConfig(name=name, weights="none", tuning="synqt")
-    with pytest.raises(UsageError, match="no blocks with timm's plain attention"):
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("resnet18", "swin_tiny_patch4_window7_224", "eva02_tiny_patch14_224"),
+        *("vit_base_patch16_rpn_224", "naflexvit_base_patch16_gap"),  # blocks or embedding of another kind
+    ],
+)
+def test_models_without_plain_blocks_are_refused(name):
+    config = ModelConfig(name=name, weights="none", tuning="synqt", options={"depth": 1} if "base" in name else {})
+    with pytest.raises(UsageError, match="not made of timm's plain blocks"):
         build_backbone(config, size=224, channels=3, kind=SynQT)
 
 
 def test_a_vit_without_blocks_is_refused():
-    with pytest.raises(UsageError, match="plain attention"):
+    with pytest.raises(UsageError, match="plain blocks"):
         SynQT(SimpleNamespace(num_features=8), ModelConfig(), 32)

@@ -12,6 +12,7 @@ from torch import Tensor, multiprocessing
 
 from medvit.objectives.contrastive import info_nce, nt_xent
 from medvit.objectives.selfsupervised import cosine_momentum, follow, mlp, slices_of
+from medvit.records import UsageError
 
 
 def embeddings(count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -228,6 +229,20 @@ def test_padding_plays_no_part(name):
     batch["input"][~batch["mask"]] = 99
     torch.manual_seed(0)
     assert torch.equal(step.run(objective, batch)["loss"], before)
+
+
+@pytest.mark.parametrize("name", ["mocov3", "dino"])
+def test_a_slow_copy_that_would_never_know_its_statistics_is_refused(name):
+    """It rests, and what follows the weights does not follow running statistics."""
+    with pytest.raises(UsageError, match="ResNet has BatchNorm"):
+        step.make_objective(name, model="test_resnet.r160_in1k", freeze_patches=False)
+    step.make_objective("simclr", model="test_resnet.r160_in1k")
+
+
+def test_patches_that_are_none_cannot_be_held_back():
+    with pytest.raises(UsageError, match="freeze_patches"):
+        step.make_objective("mocov3", model="test_convnext.r160_in1k")
+    step.make_objective("mocov3", model="test_convnext.r160_in1k", freeze_patches=False)
 
 
 @pytest.fixture(scope="module")

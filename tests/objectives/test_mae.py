@@ -7,8 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from medvit.objectives import mae
-from medvit.objectives.mae import Decoder, draw_mask, patch_losses, patchify, sine_positions, unpatchify
+from medvit.config import ModelConfig, ObjectiveConfig
+from medvit.models.classifier import build_classifier
+from medvit.objectives import Task, mae
+from medvit.objectives.mae import Decoder, Mae, draw_mask, patch_losses, patchify, sine_positions, unpatchify
 from medvit.records import UsageError
 
 
@@ -143,6 +145,13 @@ def test_it_learns_to_tell_what_is_hidden_from_what_is_not():
         losses.append(float(loss.detach()))
     assert losses[0] > 1  # less than telling the mean of each patch
     assert losses[-1] < 0.7
+
+
+def test_a_model_that_drops_patches_itself_is_refused():
+    config = ModelConfig(name="vit_tiny_patch16_224", weights="none", options={"depth": 1, "patch_drop_rate": 0.5})
+    classifier = build_classifier(config, size=32, channels=3, classes=1)[0]
+    with pytest.raises(UsageError, match="patch_drop_rate"):
+        Mae(classifier, ObjectiveConfig(name="mae"), Task(()))
 
 
 def test_models_without_plain_patches_are_refused():

@@ -67,6 +67,15 @@ def test_an_encoder_that_gives_the_same_for_everything_has():
     assert health.spread == pytest.approx(0, abs=1e-5)
 
 
+def test_few_features_are_never_a_collapse():
+    """Of one slice the rank is 1 and the spread 0, whatever the encoder."""
+    features = np.random.default_rng(0).normal(size=(8, 16))
+    assert not any(examine(features[:count]).telling for count in range(1, 8))
+    assert not any(examine(np.ones((count, 16))).collapsed for count in range(1, 8))
+    assert examine(features).telling
+    assert examine(np.ones((8, 16))).collapsed
+
+
 def test_features_along_one_direction_have_collapsed_although_they_differ():
     rng = np.random.default_rng(0)
     line = np.outer(rng.choice([-1.0, 1.0], 40) * rng.uniform(1, 2, 40), rng.normal(size=16))
