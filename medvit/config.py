@@ -200,7 +200,7 @@ class ObjectiveConfig(_Section):
         "without labels (simclr, mocov3, dino, mae)",
     )
     pretraining: PretrainingConfig = PretrainingConfig()
-    class_weights: bool = Field(True, description="weigh classes by their inverse frequency in the training split")
+    class_weights: bool = Field(True, description="weigh classes by their inverse frequency in what training draws")
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     focal_gamma: float = Field(0.0, ge=0, description="focal loss: 0 is cross-entropy, 2 is usual")
     mixup: float = Field(0.0, ge=0, description="Beta(a, a) of the mixing share; 0: off, 0.2 is usual")
@@ -480,6 +480,8 @@ class Config(_Section):
     def _one_split(self) -> Config:
         if self.data.target_sites and (self.data.folds or self.data.holdout_sites):
             raise ValueError("data.target_sites makes a split of its own: leave out data.folds and data.holdout_sites")
+        if self.data.folds and self.data.holdout_sites:
+            raise ValueError("data.holdout_sites makes a split of its own: leave out data.folds")
         return self
 
     @model_validator(mode="after")

@@ -429,6 +429,13 @@ class Case:
     attributes: Mapping[str, str] = field(default_factory=dict)
 
 
+PREDICTION_COLUMNS = (
+    *("case_id", "patient_id", "label", "predicted", "site", "sex", "age", "fold", "threshold", "study_uid"),
+    *("series_uid", "flags", "spread", "ood_score", "model_sha256", "age_band"),
+)
+"""Of predictions.csv beside those of classes (`p_*`), and what reports derive: no attribute may have such a name."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
     """What the model says about one case: one row of predictions.csv.
@@ -476,8 +483,8 @@ class Prediction:
         return max(names, key=lambda name: self.probabilities[name])
 
     def to_row(self) -> dict[str, Any]:
-        """Flat, in the column order of predictions.csv (DESIGN section 4)."""
-        return {
+        """Flat, in the column order of predictions.csv (DESIGN section 4); no attribute takes the name of a column."""
+        row = {
             "case_id": self.case_id,
             "patient_id": self.patient_id,
             "label": self.label,
@@ -494,5 +501,5 @@ class Prediction:
             "spread": None if self.spread is None else round(self.spread, 6),
             "ood_score": None if self.ood_score is None else round(self.ood_score, 6),
             "model_sha256": self.model_sha256,
-            **self.attributes,
         }
+        return row | {name: value for name, value in self.attributes.items() if name not in row}

@@ -109,7 +109,7 @@ def predict_labelled(
             try:
                 prediction, pooled = predict(model, case, study.cache)
             except ScanError as error:  # the model must not be asked
-                rows.append(refused_row(model, case, str(error.code)))
+                rows.append(refused_row(model.info.classes, case, str(error.code)))
             else:
                 judged.append(medvit.Judged(model, case, prediction, study.cache.load))
                 rows.append(prediction.to_row())

@@ -29,11 +29,12 @@ def predict(model: medvit.Model, case: Case, cache: data.SliceCache) -> tuple[Pr
     return model.prediction(case, chosen, output), output.pooled
 
 
-def refused_row(model: medvit.Model, case: Case, code: str) -> dict[str, Any]:
+def refused_row(classes: Sequence[str], case: Case, code: str) -> dict[str, Any]:
     """A row of predictions.csv without probabilities."""
     told = ("case_id", "patient_id", "label", "site", "sex", "age", "study_uid", "series_uid")
-    empty = dict.fromkeys((f"p_{name}" for name in model.info.classes), "")
-    return {name: getattr(case, name) for name in told} | empty | {"flags": code} | dict(case.attributes)
+    empty = dict.fromkeys((f"p_{name}" for name in classes), "")
+    row = {name: getattr(case, name) for name in told} | empty | {"flags": code}
+    return row | {name: value for name, value in case.attributes.items() if name not in row}
 
 
 def look_into(

@@ -138,6 +138,15 @@ def show_study(study: Study, folds: Sequence[data.Fold], display: Display) -> No
     for what, count in notes.items():
         if count:
             say(f"  {count} {what}")
+    if manifest.without_patient:
+        say(
+            f"  {manifest.without_patient} cases have no patient id: each study, or file without one, counts as a "
+            "patient of its own. Where that is wrong, add a patient_id column"
+        )
+    if manifest.attributes.left_out:
+        say(f"  left out of all results, since they may name people: columns {', '.join(manifest.attributes.left_out)}")
+    for column, name in manifest.attributes.renamed.items():
+        say(f"  column {column} is called {name} in predictions and report, which have a column of that name")
     for why, count in Counter(other.detail.partition(" (")[0] for other in manifest.not_selected).items():
         say(f"  {count} not selected: {why}")
     if manifest.unmatched_rows:

@@ -18,14 +18,16 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 import medvit
 from medvit import data, evaluation, training
 from medvit.cli.console import Display, Parser, command
 from medvit.cli.evaluate import show_report
-from medvit.cli.looking import look_into
+from medvit.cli.looking import look_into, refused_row
 from medvit.cli.study import Study, add_label_arguments, prepare, set_aside, show_study
 from medvit.config import GRIDS, Config, load_config, shipped_configs
-from medvit.records import EXIT_DONE, EXIT_QUARANTINE, Case, UsageError
+from medvit.records import EXIT_DONE, EXIT_QUARANTINE, Case, ReasonCode, UsageError
 from medvit.training import processes
 
 EPILOG = f"""
@@ -78,6 +80,8 @@ def train(arguments: argparse.Namespace, config: Config) -> int:
     """Prepare, train, judge and tell; of several processes the first one writes and speaks."""
     now = datetime.now().astimezone().strftime("%Y%m%d-%H%M%S")
     output: Path = processes.agreed(arguments.output or Path("runs") / now)
+    if arguments.sweep:
+        check_sweep(config, arguments.sweep)
     if not arguments.dry_run and processes.first():
         prepare_output(output, config, resume=arguments.resume, sweep=bool(arguments.sweep))
     processes.wait()
@@ -99,7 +103,7 @@ def train(arguments: argparse.Namespace, config: Config) -> int:
         hours = None if arguments.resume else (time.monotonic() - began) / 3600
         if processes.first():
             write_cases(output / "cases.csv", study.cases, folds)
-            evaluation.write_predictions(list(result.predictions), output / "predictions.csv")
+            write_predictions(result, study.manifest.classes, output / "predictions.csv")
             report, further = write_reports(study, experiment, result, hours, display)
             show_result(report, further, output, result)
         processes.wait()  # torchrun ends the first where another has gone with a code of its own, such as 3
@@ -108,8 +112,6 @@ def train(arguments: argparse.Namespace, config: Config) -> int:
 
 def pretrain(arguments: argparse.Namespace, config: Config, output: Path, display: Display) -> int:
     """Learn a backbone from all CT of a folder; labels, where they are given, only tell how good it becomes."""
-    if arguments.sweep:
-        raise UsageError("--sweep compares by labels, and pretraining has none. Leave it out.")
     cache_dir = config.data.cache_dir or data.default_cache_dir(output)
     study = prepare(arguments, cache_dir, config.preprocessing, display, unlabelled=True)
     fold = data.split_patients(study.cases, config.data, config.training.seed)
@@ -185,6 +187,23 @@ def sweep(
     return replace(experiment, config=chosen)
 
 
+def check_sweep(config: Config, grid: str) -> None:
+    """Refuse a sweep that compares nothing, or by cases that are judged later.
+
+    Raises:
+        UsageError: pretraining, folds, or a strength without adaptation.
+    """
+    if config.objective.pretrains:
+        raise UsageError("--sweep compares by labels, and pretraining has none. Leave it out.")
+    if config.data.folds:
+        raise UsageError(
+            "--sweep chooses settings on validation patients, and each of them is judged in another fold. Sweep with "
+            "one split (data.folds=0), and keep the patients that it held out for judging."
+        )
+    if grid == "strength" and not config.objective.adapts:
+        raise UsageError(f"--sweep strength: objective.name={config.objective.name} has none. Take dann, cdan or mmd.")
+
+
 def prepare_output(output: Path, config: Config, *, resume: bool, sweep: bool = False) -> None:
     """Make RUN and write its config; an existing run is only continued, and only with the same settings.
 
@@ -220,7 +239,7 @@ def judge(config: Config) -> training.Judge:
 
 def show_estimate(experiment: training.Experiment, folds: Sequence[data.Fold], display: Display) -> None:
     """How long the run would take, from one timed step."""
-    timing = experiment.time_step(folds[0].train)
+    timing = experiment.time_step(folds[0].train, folds[0].target)
     sizes = [len(fold.train) for fold in folds] + ([len(experiment.cases)] if len(folds) > 1 else [])  # and the refit
     show_minutes(experiment.config, sizes, timing, len(experiment.cases), display)
 
@@ -238,7 +257,7 @@ def show_minutes(config: Config, sizes: Sequence[int], timing: training.Timing, 
 
 def write_cases(path: Path, cases: Sequence[Case], folds: Sequence[data.Fold]) -> None:
     """cases.csv: who was where. With folds, `fold` is the one that a case was judged in."""
-    where = {}
+    where: dict[int, tuple[str, int | str]] = {}
     for number, fold in enumerate(folds):
         for name, indices in fold.sides().items():
             for index in indices:
@@ -248,10 +267,20 @@ def write_cases(path: Path, cases: Sequence[Case], folds: Sequence[data.Fold]) -
         writer = csv.writer(stream)
         writer.writerow(("case_id", "patient_id", "split", "fold", "label", "site", "sex", "age"))
         for index, case in enumerate(cases):
-            split, fold_number = where[index]
+            # an unlabelled scan of a patient who is judged: trained on, it would give the patient away
+            split, fold_number = where.get(index, ("unused", ""))
             age = "" if case.age is None else case.age
             row = (case.case_id, case.patient_id, split, fold_number, case.label, case.site, case.sex, age)
             writer.writerow(row)
+
+
+def write_predictions(result: training.Result, classes: Sequence[str], path: Path) -> None:
+    """predictions.csv: a row for each held-out case, without a score where its model must not be asked."""
+    rows = [prediction.to_row() for prediction in result.predictions]
+    rows += [
+        refused_row(classes, case, str(ReasonCode.NOT_FOR_MODEL)) | {"fold": fold} for case, fold in result.refused
+    ]
+    evaluation.write_predictions(pd.DataFrame(rows), path)
 
 
 def write_reports(
@@ -282,7 +311,7 @@ def about(study: Study, experiment: training.Experiment) -> dict[str, str]:
         "Input": f"{prep.size} px, HU windows {windows}, {clahe}",
         "Training": ", ".join(f"{s.name}: {s.trainable}, {s.epochs} epochs" for s in config.training.stages),
         "Split": f"{folds} patient-grouped folds, predictions out of fold" if folds else "patients held out",
-        "Cases": f"{len(study.cases)} labelled, keyed by {study.manifest.key}",
+        "Cases": f"{sum(case.label is not None for case in study.cases)} labelled, keyed by {study.manifest.key}",
         "Positive class": study.manifest.classes[-1],
     }
 

@@ -10,9 +10,10 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from medvit.data.attributes import Attributes, choose_attributes
 from medvit.data.identity import identities
 from medvit.data.labels import KEYS, Table, class_order, column, key_column, key_values, read_labels
 from medvit.data.pseudonym import pseudonym
@@ -22,6 +23,9 @@ from medvit.records import Case, ReasonCode, ScanHeader, UsageError
 
 FILE_KEYS = ("path", "sop_uid")
 """Keys that make each file a case of its own."""
+
+RESERVED = {name for names in KEYS.values() for name in names} | {"site", "sex", "age", "split"}
+"""Columns that mean something of their own, lower case."""
 
 VOLUME_FAULTS = {
     ReasonCode.DUP_IDENTICAL,
@@ -44,6 +48,8 @@ class Manifest:
         label_column: what they are called.
         unmatched_rows: CSV line numbers whose key matches no file.
         without_row: how many usable series or files have no row.
+        without_patient: how many cases neither files nor table give a patient id: each study counts as a patient.
+        attributes: which further columns of the table go along, and which do not.
         not_selected: volumes beside the chosen one, each with the reason.
     """
 
@@ -53,6 +59,8 @@ class Manifest:
     label_column: str = "label"
     unmatched_rows: tuple[int, ...] = ()
     without_row: int = 0
+    without_patient: int = 0
+    attributes: Attributes = field(default_factory=Attributes)
     not_selected: tuple[NotSelected, ...] = ()
 
 
@@ -122,10 +130,17 @@ def build_manifest(
     with_row = {id(unit) for _, unit in matched}
     without = [unit for unit in units if id(unit) not in with_row]
     targets = [unit for unit in without if unit.series.header.site in target_sites]
+    further = [written for name, written in columns.items() if name not in RESERVED and written not in (label, site)]
+    attributes = choose_attributes(further, ((table[line], unit.series.header) for line, unit in matched))
     cases = (
-        *(_case(table[line], columns, unit, label, site) for line, unit in matched),
-        *(_case({}, {}, unit, None, None) for unit in targets),
+        *(_case(table[line], columns, unit, label, site, attributes) for line, unit in matched),
+        *(_case({}, {}, unit) for unit in targets),
     )
+    named_by = [columns[name] for name in KEYS["patient_id"] if name in columns]
+    nameless = [
+        *(unit for line, unit in matched if not any(table[line][name] for name in named_by)),
+        *targets,
+    ]
     return Manifest(
         cases=cases,
         classes=class_order((case.label for case in cases), label_column),
@@ -135,6 +150,8 @@ def build_manifest(
             line for line, row in table.items() if found.isdisjoint(key_values(row[keyed_by], key, roots))
         ),
         without_row=len(without) - len(targets),
+        without_patient=sum(not unit.series.header.patient_id for unit in nameless),
+        attributes=attributes,
         not_selected=not_selected,
     )
 
@@ -142,7 +159,7 @@ def build_manifest(
 def unlabelled_cases(inventory: Inventory) -> tuple[tuple[Case, ...], tuple[NotSelected, ...]]:
     """One case per study of a folder, its best volume; and the volumes not selected. For prediction."""
     chosen, others = select_series(series for series in inventory.series if series.usable)
-    return tuple(_case({}, {}, _Unit(series, series.files), None, None) for series in chosen), others
+    return tuple(_case({}, {}, _Unit(series, series.files)) for series in chosen), others
 
 
 def everything(inventory: Inventory, labelled: Manifest | None = None) -> Manifest:
@@ -243,14 +260,20 @@ def _check_single_study(matched: Iterable[tuple[int, _Unit]], labels: Path) -> N
         )
 
 
-def _case(row: Mapping[str, str], columns: Mapping[str, str], unit: _Unit, label: str | None, site: str | None) -> Case:
+def _case(
+    row: Mapping[str, str],
+    columns: Mapping[str, str],
+    unit: _Unit,
+    label: str | None = None,
+    site: str | None = None,
+    attributes: Attributes | None = None,
+) -> Case:
     series, header = unit.series, unit.series.header
     given = {name: row[written] for name, written in columns.items() if row[written]}
     # without a patient id the study is all that can keep a patient's scans together
     named = header.patient_id or next((given[name] for name in KEYS["patient_id"] if name in given), "")
     patient = pseudonym("patient", named or series.study_uid or series.uid)
-    reserved = {name for names in KEYS.values() for name in names} | {"site", "sex", "age", "split"}
-    taken = {str(label).lower(), str(site).lower()} | reserved
+    further = {} if attributes is None else attributes.kept
     part = series.part if unit.whole else 0  # a file of its own is read alone
     return Case(
         case_id=_case_id(unit, part),
@@ -270,7 +293,7 @@ def _case(row: Mapping[str, str], columns: Mapping[str, str], unit: _Unit, label
         series_uid=series.uid,
         codes=series.codes if unit.whole and series.usable else (),
         acquisition=header.acquisition(),
-        attributes={columns[name]: value for name, value in given.items() if name not in taken},
+        attributes={name: row[column] for column, name in further.items() if row[column]},
     )
 
 

@@ -22,6 +22,8 @@ from medvit.records import Case, GateError, ReasonCode, UsageError
 
 Indices = npt.NDArray[np.intp]
 
+NOBODY: Indices = np.array([], np.intp)
+
 SPLITS = ("train", "val", "test")
 """What a split column must say, each of them somewhere; it may also say `target`: trained on without labels."""
 
@@ -36,7 +38,7 @@ class Fold:
     train: Indices
     val: Indices
     test: Indices
-    target: Indices = field(default_factory=lambda: np.array([], np.intp))
+    target: Indices = field(default_factory=NOBODY.copy)
 
     def sides(self) -> dict[str, Indices]:
         """By name, as in cases.csv."""
@@ -59,6 +61,7 @@ def make_folds(cases: Sequence[Case], data: DataConfig, seed: int) -> list[Fold]
     groups = np.array([case.group for case in cases])
     everyone = np.arange(len(cases))
     if any(case.split for case in cases):
+        _refuse_two_splits(data)
         folds = [_given(cases)]
     elif data.target_sites:
         folds = [_towards_target(cases, data, labels, groups, seed)]
@@ -223,6 +226,15 @@ def _leave_sites_out(
     return _with_validation(np.flatnonzero(~out), np.flatnonzero(out), labels, groups, data, seed)
 
 
+def _refuse_two_splits(data: DataConfig) -> None:
+    settings = {"folds": data.folds, "holdout_sites": data.holdout_sites, "target_sites": data.target_sites}
+    if asked := [f"data.{name}" for name, value in settings.items() if value]:
+        raise UsageError(
+            f"{', '.join(asked)}: the labels have a 'split' column, which says already who trains and who judges "
+            "(target: unlabelled site). Leave out one or the other."
+        )
+
+
 def _given(cases: Sequence[Case]) -> Fold:
     names = Counter(case.split for case in cases)
     unknown = sorted(set(names) - {*SPLITS, "target"})
@@ -230,6 +242,11 @@ def _given(cases: Sequence[Case]) -> Fold:
         seen = ", ".join(f"{name or '(empty)'}: {count}" for name, count in sorted(names.items()))
         raise UsageError(
             f"column 'split': saw {seen}; each labelled row needs one of {', '.join(SPLITS)}, each used, or target."
+        )
+    if nameless := sum(case.label is None and case.split != "target" for case in cases):
+        raise UsageError(
+            f"column 'split': {nameless} cases without a label stand on other sides than target, and nothing is "
+            "learned from them or judged there. Label them, or write target."
         )
     sides = {name: np.array([i for i, case in enumerate(cases) if case.split == name], np.intp) for name in names}
     return Fold(**sides)

@@ -22,7 +22,7 @@ import torch
 from medvit import __version__
 from medvit.config import Config, Stage
 from medvit.data.dataset import CaseDataset
-from medvit.data.splits import Fold, Indices
+from medvit.data.splits import NOBODY, Fold, Indices
 from medvit.inference import Encoder, Judged, Model, softmax
 from medvit.models.bundle import save_bundle
 from medvit.models.bundle_info import BundleInfo, TrainingRange
@@ -35,7 +35,7 @@ from medvit.training import adaptation, processes
 from medvit.training.journal import write_metrics
 from medvit.training.material import Floats, Labels, Material
 from medvit.training.normalising import mean_and_std
-from medvit.training.runner import Runner, Watch
+from medvit.training.runner import Runner, Validation, Watch
 from medvit.training.state import History, Metrics
 from medvit.training.timing import Timing, time_step
 
@@ -55,11 +55,20 @@ class Judge:
     temperature: Callable[[Labels, Floats], float]
 
 
-class FoldResult(NamedTuple):
-    """Of one fold: test predictions at temperature 1 (`raw`), test cases as reported, and what was learned."""
+class Refused(NamedTuple):
+    """A held-out case that the model of its fold must not be asked about: it has no score, as in deployment."""
 
+    case: Case
+    fold: int
+
+
+class FoldResult(NamedTuple):
+    """Of one fold: test cases that were `asked`, their predictions at temperature 1 (`raw`) and as reported; others."""
+
+    asked: Indices
     raw: list[Prediction]
     judged: list[Judged]
+    refused: list[Refused]
     history: History
     model: Model
 
@@ -71,9 +80,10 @@ class FoldResult(NamedTuple):
 
 @dataclass(frozen=True)
 class Result:
-    """Held-out cases (out of fold, or of the test split) as they were predicted, and where the model is."""
+    """Held-out cases (out of fold, or of the test split) as they were predicted or refused, and where the model is."""
 
     judged: tuple[Judged, ...]
+    refused: tuple[Refused, ...]
     bundle: Path
     histories: tuple[History, ...]
 
@@ -105,12 +115,14 @@ class Experiment(Runner):
             done.append(self.run_fold(fold, number))
             self._write_metrics([one.history for one in done])
         judged = tuple(case for one in done for case in one.judged)
+        refused = tuple(case for one in done for case in one.refused)
         histories = tuple(one.history for one in done)
         if len(folds) == 1:
             model = done[0].model
             if len(folds[0].target):
+                fold = replace(folds[0], test=done[0].asked)
                 found = adaptation.measure(
-                    self.material, model, folds[0], done[0].predictions, histories[0], score=self.judge.score
+                    self.material, model, fold, done[0].predictions, histories[0], score=self.judge.score
                 )
                 adaptation.write(found, self.folder / "adaptation.json")
         else:
@@ -125,26 +137,27 @@ class Experiment(Runner):
         if processes.first():
             save_bundle(self.folder / "bundle", model.encoder.classifier, model.info, model.reference)
         processes.wait()
-        return Result(judged, self.folder / "bundle", histories)
+        return Result(judged, refused, self.folder / "bundle", histories)
 
     def run_fold(self, fold: Fold, number: int) -> FoldResult:
         """Train one fold: its validation cases choose epoch, temperature and threshold, its test is predicted once."""
         name = f"fold {number + 1}" if self.config.data.folds else "training"
+        test, refused = self._asked(fold, number)
         model, history = self.fit_fold(fold, self.folder / "checkpoints" / f"fold{number}", name)
         model = model.with_views(self.config.inference.tta)  # epochs were chosen without
         model = self._knowing(model, np.concatenate([fold.train, fold.target]))
-        validation, outputs = (self.material.outputs(model, chosen) for chosen in (fold.val, fold.test))
+        validation, outputs = (self.material.outputs(model, chosen) for chosen in (fold.val, test))
         model = self._sampled(model, fold.val, np.stack([output.pooled for _, output in validation]))
         as_it_is, model = model, self._decided(model, self.material.described(model, fold.val, validation))
         raw, predictions = (
-            [replace(prediction, fold=number) for prediction in self.material.described(one, fold.test, outputs)]
+            [replace(prediction, fold=number) for prediction in self.material.described(one, test, outputs)]
             for one in (as_it_is, model)
         )
         judged = [
             Judged(model, self.cases[index], prediction, self.slices.load)
-            for index, prediction in zip(fold.test, predictions, strict=True)
+            for index, prediction in zip(test, predictions, strict=True)
         ]
-        return FoldResult(raw, judged, history, model)
+        return FoldResult(test, raw, judged, refused, history, model)
 
     def fit_fold(self, fold: Fold, folder: Path, name: str, watch: Watch | None = None) -> tuple[Model, History]:
         """Train on one fold without a look at its test cases.
@@ -164,13 +177,36 @@ class Experiment(Runner):
             )
         if self.config.training.select == "target" and not len(fold.target):
             raise UsageError("training.select: target looks at unlabelled cases: name data.target_sites.")
-        model = self._model(fold.train)
+        model = self._model(fold.train, fold.target)
         objective, dataset = self._learning(model, fold.train, fold.target)
         if not self.told:
             self.told = True
             for line in stages_of(model.encoder.classifier, self.config.training.stages):
                 self.reporter.say(line)
-        return model, self._fit(objective, dataset, lambda: self._validate(model, fold), folder, name, watch=watch)
+        validation = Validation(lambda: self._validate(model, fold), fold.val)
+        return model, self._fit(objective, dataset, validation, folder, name, watch=watch)
+
+    def _asked(self, fold: Fold, number: int) -> tuple[Indices, list[Refused]]:
+        """Which test cases the model of a fold may be asked about, and which it will refuse (`Model.refuse`).
+
+        Raises:
+            UsageError: it will refuse all.
+        """
+        known = training_range([self.cases[index] for index in (*fold.train, *fold.target)])
+        unlike = np.array(
+            [
+                not set(known.outside(self.cases[index].acquisition)).isdisjoint(self.config.inference.refuse)
+                for index in fold.test
+            ],
+            bool,
+        )
+        if len(unlike) and unlike.all():
+            raise UsageError(
+                f"fold {number + 1}: the model will refuse all {len(unlike)} test cases: no training scan is like them "
+                f"in what inference.refuse names ({', '.join(self.config.inference.refuse)}). Split so that there are "
+                "some, or set inference.refuse=[]."
+            )
+        return fold.test[~unlike], [Refused(self.cases[index], number) for index in fold.test[unlike]]
 
     def refit(self, epochs: int) -> Model:
         """Train on all cases for a given number of epochs, without validation."""
@@ -178,7 +214,7 @@ class Experiment(Runner):
         model = self._model(everyone)
         objective, dataset = self._learning(model, everyone, everyone[:0])
         folder = self.folder / "checkpoints" / "refit"
-        self._fit(objective, dataset, dict, folder, "refit on all cases", stop_after=epochs)
+        self._fit(objective, dataset, Validation(dict), folder, "refit on all cases", stop_after=epochs)
         return model
 
     def _write_metrics(self, histories: Sequence[History]) -> None:
@@ -186,19 +222,26 @@ class Experiment(Runner):
             rows = ({"fold": number, **row} for number, history in enumerate(histories) for row in history.rows)
             write_metrics(self.folder / "metrics.jsonl", rows)
 
-    def time_step(self, train: Indices) -> Timing:
+    def time_step(self, train: Indices, target: Indices = NOBODY) -> Timing:
         """Time one training step on the first batch of the given cases, after one to warm up."""
-        few = replace(self, cases=[self.cases[index] for index in train[: self.config.training.batch_size]])
+        labelled = train[: self.config.training.batch_size]
+        unlabelled = target[: len(labelled) if self.config.objective.adapts else 0]
+        few = replace(self, cases=[self.cases[index] for index in (*labelled, *unlabelled)])
         everyone = np.arange(len(few.cases))
-        model = few._model(everyone)
-        objective = self._objective(model.encoder.classifier, train, train[:0])
+        first, rest = everyone[: len(labelled)], everyone[len(labelled) :]
+        model = few._model(first, rest)
+        objective = self._objective(model.encoder.classifier, train, target)
         began = time.perf_counter()
-        dataset = few.material.dataset(model.encoder, everyone, everyone[:0])
+        dataset = few.material.dataset(model.encoder, first, rest)
         prepare = (time.perf_counter() - began) / len(everyone)
         return Timing(prepare, time_step(objective, dataset, self.config.training.stages[-1], len(dataset)))
 
-    def _model(self, train: Indices) -> Model:
-        """An untrained model with the weights that the config names, normalised for the given training cases."""
+    def _model(self, train: Indices, target: Indices = NOBODY) -> Model:
+        """An untrained model with the weights that the config names, normalised for the given training cases.
+
+        It knows the acquisition of those, and of the target's that it will see too: of no case that it is judged on.
+        """
+        seen = [self.cases[index] for index in (*train, *target)]
         torch.manual_seed(self.config.training.seed)
         prep = self.config.preprocessing
         channels = len(prep.windows)
@@ -213,9 +256,9 @@ class Experiment(Runner):
             mean=mean,
             std=std,
             classes=self.classes,
-            training_range=training_range(self.cases),
+            training_range=training_range(seen),
             refuse=self.config.inference.refuse,
-            provenance=provenance(self.config, self.cases, self.weights),
+            provenance=provenance(self.config, seen, self.weights),
         )
         return Model(Encoder(classifier, prep, mean, std, self.config.inference.batch_slices), info)
 
@@ -226,7 +269,7 @@ class Experiment(Runner):
         return self._objective(model.encoder.classifier, train, target), dataset
 
     def _objective(self, classifier: CtClassifier, train: Indices, target: Indices) -> Objective:
-        counts = np.bincount(self.material.labels[train], minlength=len(self.classes))
+        counts = self.material.drawn(train)
         domains = len({self.cases[index].site for index in (*train, *target)})
         task = Task(tuple(counts.tolist()), domains)
         return build_objective(classifier, self.config.objective, task)

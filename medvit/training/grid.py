@@ -69,7 +69,7 @@ def _try(experiment: Experiment, fold: Fold, settings: Mapping[str, float], name
     if len(fold.target):
         groups = np.array([material.cases[index].group for index in (*fold.val, *fold.target)])
         apart = probe(material.pooled(model, fold.val), material.pooled(model, fold.target), groups).accuracy
-    row = history.rows[history.best_epoch - 1]
+    row = next(row for row in history.rows if row["epoch"] == history.best_epoch)  # patience may have left some out
     return Point(settings, row["val_auroc"], row["val_loss"], history.best_epoch, apart)
 
 

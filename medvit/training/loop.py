@@ -10,7 +10,7 @@ at any step goes on from its last checkpoint to the same weights, bit for bit.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 from medvit.config import Stage, TrainingConfig
 from medvit.data.dataset import CaseDataset
 from medvit.objectives import Objective
-from medvit.records import UsageError
+from medvit.records import Case, UsageError
 from medvit.training.device import make_fabric
 from medvit.training.divergence import broken, diverged
 from medvit.training.feeding import Feeding, grouped
@@ -41,6 +41,7 @@ class Run:
         folder: metrics.jsonl, TensorBoard events and checkpoints go here.
         resume: continue from the last checkpoint in `folder`, if there is one.
         stop_after: epochs after which to end, without validation (refit); None runs all stages.
+        validation: cases that `validate` judges by: a fit that is continued must have the same.
         workers: loader processes.
         on_step: called after each batch with its description, in the first process.
         on_epoch: called with each row of metrics, in the first process.
@@ -49,6 +50,7 @@ class Run:
     folder: Path
     resume: bool = False
     stop_after: int | None = None
+    validation: Sequence[Case] = ()
     workers: int = 0
     on_step: Callable[[str], None] = lambda _: None
     on_epoch: Callable[[dict[str, Any]], None] = lambda _: None
@@ -110,7 +112,7 @@ class _Session:
                 "the sizes of stages, or set data.augment."
             )
         self.selects = run.stop_after is None and config.select != "last"
-        own = identity(config, dataset, processes=self.fabric.world_size)
+        own = identity(config, objective, dataset, validation=run.validation, processes=self.fabric.world_size)
         self.recovery = Recovery(self.fabric, objective, config, own, run.folder)
         if config.gradient_checkpointing:
             objective.classifier.set_gradient_checkpointing(True)

@@ -6,7 +6,6 @@ Several processes share predictions between them, and each ends up with all.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import shutil
@@ -17,8 +16,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import nn
 
 from medvit.config import Config
 from medvit.data.cache import FeatureCache, SliceCache
@@ -31,6 +28,7 @@ from medvit.models.backbone import Backbone
 from medvit.objectives.objective import UNLABELLED
 from medvit.records import Case, Prediction
 from medvit.training import processes
+from medvit.training.resume import digest_of
 
 Floats = npt.NDArray[np.float64]
 Labels = npt.NDArray[np.int64]
@@ -72,8 +70,8 @@ class Material:
     encoder: Encoder | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
-        known = {name: number for number, name in enumerate(self.classes)}
-        self.labels = np.array([known.get(str(case.label), UNLABELLED) for case in self.cases], np.int64)
+        known: dict[str | None, int] = {name: number for number, name in enumerate(self.classes)}
+        self.labels = np.array([known.get(case.label, UNLABELLED) for case in self.cases], np.int64)
         sites = sorted({case.site for case in self.cases})
         self.domains = np.array([sites.index(case.site) for case in self.cases], np.int64)
         self.strata = strata_of(self.cases, self.config.data.balance)
@@ -98,6 +96,16 @@ class Material:
             domains=domains,
             strata=self.strata[chosen] if self.config.data.sampling == "balanced" else None,
         )
+
+    def drawn(self, train: Indices) -> Labels:
+        """How often each class is drawn, (K,): the cases of it, or as many as balanced sampling makes of them."""
+        labels = self.labels[train]
+        weights = np.ones(len(train))
+        if self.config.data.sampling == "balanced":
+            _, cell, size = np.unique(self.strata[train], return_inverse=True, return_counts=True)
+            weights = len(train) / (len(size) * size[cell])
+        counts = np.bincount(labels, weights, minlength=len(self.classes))
+        return np.where(counts > 0, np.maximum(1, counts.round()), 0).astype(np.int64)
 
     def predict(self, model: Model, chosen: Indices) -> list[Prediction]:
         """Predictions of the chosen cases, the numbers of `Model.predict`."""
@@ -132,8 +140,8 @@ class Material:
 
     def table(self, predictions: Sequence[Prediction]) -> tuple[Labels, Floats]:
         """Class index (N,) and probabilities (N, K)."""
-        known = {name: number for number, name in enumerate(self.classes)}
-        labels = np.array([known.get(str(prediction.label), UNLABELLED) for prediction in predictions], np.int64)
+        known: dict[str | None, int] = {name: number for number, name in enumerate(self.classes)}
+        labels = np.array([known.get(prediction.label, UNLABELLED) for prediction in predictions], np.int64)
         rows = [[prediction.probabilities[name] for name in self.classes] for prediction in predictions]
         return labels, np.array(rows, np.float64).reshape(-1, len(self.classes))
 
@@ -143,7 +151,7 @@ class Material:
             prep, backbone = self.config.preprocessing, encoder.classifier.backbone
             model = self.config.model.model_dump(include={"name", "options", "features", "tuning"})
             settings = json.dumps([prep.model_dump(mode="json"), encoder.mean, encoder.std, model])
-            cache = FeatureCache(self.slices, f"{settings} {_digest(backbone.model)}", backbone.trunk_shape)
+            cache = FeatureCache(self.slices, f"{settings} {digest_of(backbone.model)}", backbone.trunk_shape)
             missing = [case for case in self.cases if cache.find(case) is None]
             self.encoder, self.features = encoder, cache if self._fits(missing, backbone) else None
             if self.features is not None:
@@ -174,11 +182,3 @@ class Material:
                 cache.save(done, features)
                 self.reporter.step("")
             pending = []
-
-
-def _digest(module: nn.Module) -> str:
-    digest = hashlib.sha256()
-    for name, value in module.state_dict().items():
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()

@@ -32,7 +32,7 @@ from medvit.training.collapse import examine
 from medvit.training.experiment import provenance, stages_of, training_range
 from medvit.training.material import Labels
 from medvit.training.normalising import mean_and_std
-from medvit.training.runner import Runner, Watch
+from medvit.training.runner import Runner, Validation, Watch
 from medvit.training.state import History, Metrics
 from medvit.training.timing import Timing, time_step
 
@@ -98,9 +98,8 @@ class Pretraining(Runner):
             self._copy_metrics(folder)
             self.reporter.epoch(row)
 
-        history = self._fit(
-            objective, dataset, lambda: self._validate(learning, fold), folder, name, watch=watch, on_epoch=tell
-        )
+        validation = Validation(lambda: self._validate(learning, fold), fold.val)
+        history = self._fit(objective, dataset, validation, folder, name, watch=watch, on_epoch=tell)
         return learning, history
 
     def time_step(self, train: Indices) -> Timing:
@@ -165,8 +164,8 @@ class Pretraining(Runner):
     def _probed(self, encoder: Encoder, fold: Fold, val: Sequence[Floats]) -> Metrics:
         if self.probe is None:
             return {}
-        known = {name: number for number, name in enumerate(self.classes)}
-        labels = np.array([known.get(str(case.label), -1) for case in self.cases], np.int64)
+        known: dict[str | None, int] = {name: number for number, name in enumerate(self.classes)}
+        labels = np.array([known.get(case.label, -1) for case in self.cases], np.int64)
         train = fold.train[labels[fold.train] >= 0]
         judged = labels[fold.val] >= 0
         if not len(train) or not judged.any():

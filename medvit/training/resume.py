@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning_fabric import Fabric
-from torch import Tensor
+from torch import Tensor, nn
 
 from medvit.config import TrainingConfig
 from medvit.data.dataset import CaseDataset
 from medvit.objectives import Objective
-from medvit.records import MedvitError, UsageError
+from medvit.records import Case, MedvitError, UsageError
 from medvit.training import checkpoint
 from medvit.training.checkpoint import prefixed, under
 from medvit.training.keeping import CheckpointFolder, Stored
@@ -27,12 +28,41 @@ Identity = dict[str, Any]
 """What must be the same for a fit to go on to the same end."""
 
 
-def identity(config: TrainingConfig, dataset: CaseDataset, *, processes: int) -> Identity:
-    """Of a fit: its settings, its cases and how they are drawn and shared. JSON-able."""
-    cases = [(case.case_id, int(label)) for case, label in zip(dataset.cases, dataset.labels, strict=True)]
+def identity(
+    config: TrainingConfig, objective: Objective, dataset: CaseDataset, *, validation: Sequence[Case], processes: int
+) -> Identity:
+    """Of a fit: its settings, what it begins with, its cases, how they are drawn and shared, who judges. JSON-able.
+
+    Args:
+        config: of the training.
+        objective: untrained: a frozen backbone is in no checkpoint, and other weights may stand under its name now.
+        dataset: training cases.
+        validation: cases that choose the epoch, with their labels.
+        processes: that share the batches.
+    """
+    labels, domains = dataset.labels.tolist(), dataset.domains.tolist()
+    cases = [(case.case_id, case.codes) for case in dataset.cases]  # codes: whether values were taken for HU
     strata = None if dataset.strata is None else dataset.strata.tolist()
-    digest = hashlib.sha256(repr((cases, strata)).encode()).hexdigest()
-    return {"processes": processes, "cases": digest, **config.model_dump(mode="json")}
+    return {
+        "processes": processes,
+        "cases": _digest(cases, labels, domains, strata),
+        "validation": _digest([(case.case_id, case.label, case.codes) for case in validation]),
+        "weights": digest_of(objective),
+        **config.model_dump(mode="json"),
+    }
+
+
+def digest_of(module: nn.Module) -> str:
+    """sha256 of all weights and buffers, with their names."""
+    digest = hashlib.sha256()
+    for name, value in module.state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _digest(*values: object) -> str:
+    return hashlib.sha256(repr(values).encode()).hexdigest()
 
 
 class Recovery:

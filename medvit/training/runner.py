@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from medvit.config import Config
 from medvit.data.cache import SliceCache
 from medvit.data.dataset import CaseDataset
+from medvit.data.splits import NOBODY, Indices
 from medvit.objectives import Objective
 from medvit.records import Case
 from medvit.training import processes
@@ -19,6 +20,13 @@ from medvit.training.state import History, Metrics
 
 Watch = Callable[[Objective, CaseDataset], None]
 """Looks at what is trained, and at what it is trained on."""
+
+
+class Validation(NamedTuple):
+    """What judges the present model in a fit, and the numbers of the cases that it does it by."""
+
+    judge: Callable[[], Metrics]
+    cases: Indices = NOBODY
 
 
 @dataclass
@@ -47,7 +55,7 @@ class Runner:
         self,
         objective: Objective,
         dataset: CaseDataset,
-        validate: Callable[[], Metrics],
+        validation: Validation,
         folder: Path,
         name: str,
         *,
@@ -58,9 +66,9 @@ class Runner:
         """`fit` as the config says, with its progress shown.
 
         Args:
-            objective: what is trained; `dataset`, `validate` and `stop_after` as for `fit`.
+            objective: what is trained; `dataset` and `stop_after` as for `fit`.
             dataset: see there.
-            validate: see there.
+            validation: judges the present model.
             folder: of the checkpoints.
             name: shown with the progress.
             watch: called before the first epoch and after each.
@@ -77,12 +85,13 @@ class Runner:
         def judged() -> Metrics:
             if watch is not None:
                 watch(objective, dataset)
-            return validate()
+            return validation.judge()
 
         run = Run(
             folder=folder,
             resume=self.resume,
             stop_after=stop_after,
+            validation=[self.cases[index] for index in validation.cases],
             workers=self.config.data.workers,
             on_step=self.reporter.step,
             on_epoch=on_epoch or self.reporter.epoch,

@@ -326,6 +326,36 @@ def test_columns_win_over_headers_and_the_rest_become_attributes(hospital):
     assert (two.sex, two.age, two.split, dict(two.attributes)) == ("F", 61, "test", {})
 
 
+def test_columns_that_predictions_have_too_go_along_under_another_name(hospital):
+    """Else the report would judge the second label, or a reader's call in place of the model's."""
+    text = "patient_id,finding,label,Fold,p_mean,age_band\nMueller-0815,yes,no,7,0.3,old\nSchmidt-4711,no,yes,8,0.4,x\n"
+    manifest = manifest_of(hospital, text, label_column="finding")
+    one = next(case for case in manifest.cases if case.label == "yes")
+    expected = {"label_in_table": "no", "Fold_in_table": "7", "p_mean_in_table": "0.3", "age_band_in_table": "old"}
+    assert dict(one.attributes) == expected
+    assert set(manifest.attributes.renamed) == {"label", "Fold", "p_mean", "age_band"}
+
+
+def test_what_names_people_stays_out_whatever_it_is_called(hospital):
+    """By name (as an information system exports it), or because it repeats what the header says."""
+    columns = "PatientName,Birth Date,AccessionNumber,Surname,who,born,nodules"
+    text = (
+        f"patient_id,label,{columns}\n"
+        "Mueller-0815,yes,Doe^Ann,1970-05-03,A1,Doe,MUELLER ANNA,19600102,2\n"
+        "Schmidt-4711,no,Doe^Bob,1971-05-03,A2,Doe,Mueller^Anna,1960-01-02,4711\n"
+    )
+    manifest = manifest_of(hospital, text)
+    assert {name for case in manifest.cases for name in case.attributes} == {"nodules"}
+    assert manifest.attributes.left_out == tuple(columns.split(",")[:-1])
+
+
+def test_cases_that_no_patient_id_names_are_counted(tmp_path):
+    volumes(tmp_path / "ct")
+    assert manifest_of(tmp_path / "ct", "path,label\n0.nii.gz,yes\n1.nii.gz,no\n").without_patient == 2
+    named = manifest_of(tmp_path / "ct", "path,patient_id,label\n0.nii.gz,a,yes\n1.nii.gz,,no\n")
+    assert named.without_patient == 1
+
+
 def test_site_comes_from_the_named_column_or_from_the_header(hospital):
     text = "patient_id,label,manufacturer\nMueller-0815,yes,Acme\nSchmidt-4711,no,Apex\n"
     assert {c.site for c in manifest_of(hospital, text, site_column="manufacturer").cases} == {"Acme", "Apex"}

@@ -157,8 +157,21 @@ GOOD = [(split, None, label) for split in ("train", "val", "test") for label in 
 
 
 def test_a_given_split_is_kept():
-    (fold,) = make_folds(given_split(GOOD), DataConfig(folds=5, holdout_sites=("North",)), 0)
+    (fold,) = make_folds(given_split(GOOD), DataConfig(), 0)
     assert [side.tolist() for side in (fold.train, fold.val, fold.test)] == [[0, 1], [2, 3], [4, 5]]
+
+
+@pytest.mark.parametrize("settings", [{"folds": 5}, {"holdout_sites": ("North",)}, {"target_sites": ("North",)}])
+def test_a_given_split_and_another_one_are_a_contradiction(settings):
+    """Above all with target sites: their labels would train, although nobody said so."""
+    with pytest.raises(UsageError, match=f"data.{next(iter(settings))}: the labels have a 'split' column"):
+        make_folds(given_split(GOOD), DataConfig(**settings), 0)
+
+
+@pytest.mark.parametrize("side", ["train", "val", "test"])
+def test_a_case_without_label_is_on_no_side_but_target(side):
+    with pytest.raises(UsageError, match="1 cases without a label"):
+        make_folds(given_split([*GOOD, (side, None, None)]), DataConfig(), 0)
 
 
 @pytest.mark.parametrize("sides", [("train", "test"), ("train", "val"), ("val", "test")])

@@ -20,6 +20,7 @@ from medvit.data.splits import Fold
 from medvit.inference import load_bundle
 from medvit.models.bundle import open_bundle
 from medvit.records import Case, UsageError
+from medvit.training import experiment as experiments
 from medvit.training import runner
 from medvit.training.experiment import Experiment, Judge, Result
 
@@ -448,3 +449,91 @@ def test_synqt_predicts_from_its_bundle_what_its_folds_did(root, tmp_path):
     for judged in result.judged:
         again = model.predict_slices(slices.load(judged.case), judged.case)
         assert again.probabilities == pytest.approx(judged.prediction.probabilities, abs=1e-5)
+
+
+def scanned(experiment: Experiment, other: str, where: np.ndarray) -> Experiment:
+    """With another kernel or body part in some cases."""
+    plain = {"kernel": "H30s", "body_part": "CHEST"}
+    named = {"B70f": {"kernel": "B70f"}, "HEAD": {"body_part": "HEAD"}}[other]
+    cases = [
+        replace(case, acquisition=plain | (named if index in where else {}))
+        for index, case in enumerate(experiment.cases)
+    ]
+    return replace(experiment, cases=cases)
+
+
+def test_what_a_model_knows_of_scanners_is_of_the_cases_that_it_learned_from(root, tmp_path):
+    """Of those that it is judged by it must be surprised, as it will be in deployment."""
+    experiment = scanned(make(root, tmp_path, mode="frozen"), "B70f", FOLDS[0].test)
+    result = experiment.run_fold(FOLDS[0], 0)
+    assert result.model.info.training_range.kernels == ("H30s",)
+    assert result.model.info.provenance["cases"] == str(len(FOLDS[0].train))
+    assert all("UNSEEN_KERNEL" in prediction.flags for prediction in result.predictions)
+
+
+def test_a_case_that_deployment_would_refuse_has_no_score_out_of_fold(root, tmp_path):
+    first, *others = FOLDS[0].test
+    experiment = scanned(make(root, tmp_path, mode="frozen"), "HEAD", np.array([first]))
+    result = experiment.run_fold(FOLDS[0], 3)
+    assert [prediction.case_id for prediction in result.predictions] == [experiment.cases[i].case_id for i in others]
+    assert [(one.case.case_id, one.fold) for one in result.refused] == [(experiment.cases[first].case_id, 3)]
+    with pytest.raises(UsageError, match=r"will refuse all .* test cases"):
+        scanned(experiment, "HEAD", FOLDS[0].test).run_fold(FOLDS[0], 0)
+
+
+def test_what_a_case_is_compared_with_was_learned_from(root, tmp_path, monkeypatch):
+    seen, know = [], experiments.know
+    monkeypatch.setattr(experiments, "know", lambda pooled, kind: seen.append(pooled) or know(pooled, kind))
+    experiment = make(root, tmp_path, mode="frozen")
+    result = experiment.run_fold(FOLDS[0], 0)
+    (known,) = seen
+    np.testing.assert_array_equal(known, experiment.material.pooled(result.model, FOLDS[0].train))
+
+
+def test_features_of_a_fold_with_a_normalisation_of_its_own_are_its_own(root, tmp_path):
+    """Those of another fold were normalised by cases that this one judges."""
+    experiment = make(root, tmp_path, mode="frozen")
+    config = experiment.config.model_copy(
+        update={"data": experiment.config.data.model_copy(update={"normalise": "training"})}
+    )
+    experiment = replace(experiment, config=config)
+    models = [experiment.run_fold(fold, number).model for number, fold in enumerate(FOLDS)]
+    assert models[0].encoder.mean != models[1].encoder.mean
+    assert files_of(tmp_path) == 2 * COUNT
+
+
+def test_a_class_called_none_is_not_what_has_no_label(root, tmp_path):
+    experiment = make(root, tmp_path)
+    cases = [replace(case, label=("None", "yes", None)[index % 3]) for index, case in enumerate(experiment.cases)]
+    material = replace(experiment, cases=cases, classes=("None", "yes")).material
+    assert material.labels.tolist() == [(0, 1, -1)[index % 3] for index in range(len(cases))]
+
+
+def test_balanced_drawing_leaves_nothing_to_weigh(root, tmp_path):
+    """Ten to one is drawn one to one: weights on top would turn it round."""
+    experiment = make(root, tmp_path, labels=[CLASSES[int(index == 0)] for index in range(COUNT)])
+    everyone = np.arange(COUNT)
+    assert experiment.material.drawn(everyone).tolist() == [COUNT - 1, 1]
+    data = experiment.config.data.model_copy(update={"sampling": "balanced", "balance": ("label",)})
+    balanced = replace(experiment, config=experiment.config.model_copy(update={"data": data}))
+    assert balanced.material.drawn(everyone).tolist() == [COUNT // 2] * 2
+
+
+@pytest.mark.parametrize("changed", ["weights", "validation", "site"])
+def test_a_fit_of_other_inputs_is_not_gone_on_with(changed, root, tmp_path):
+    """A frozen backbone is in no checkpoint; who judges and whose site it is stand in no configuration."""
+    experiment = make(root, tmp_path, mode="frozen")
+    experiment.run_fold(FOLDS[0], 0)
+    judged = FOLDS[0].val if changed == "validation" else ()
+    cases = [
+        replace(case, label=CLASSES[1 - CLASSES.index(case.label)] if index in judged else case.label)
+        for index, case in enumerate(experiment.cases)
+    ]
+    if changed == "site":
+        cases[FOLDS[0].train[0]] = replace(cases[FOLDS[0].train[0]], site="South")
+    config = experiment.config
+    if changed == "weights":  # what would stand in another file of the same name
+        options = {**config.model.options, "init_values": 0.5}
+        config = config.model_copy(update={"model": config.model.model_copy(update={"options": options})})
+    with pytest.raises(UsageError, match="made by another configuration"):
+        replace(experiment, cases=cases, config=config, resume=True).run_fold(FOLDS[0], 0)
