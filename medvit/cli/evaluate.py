@@ -17,10 +17,20 @@ import pandas as pd
 import medvit
 from medvit import data, evaluation
 from medvit.cli.console import Display, Parser, command, tables
+from medvit.cli.learned import KNOWN, shared
 from medvit.cli.looking import look_into, predict, refused_row
-from medvit.cli.study import add_label_arguments, prepare, set_aside
+from medvit.cli.study import Study, add_label_arguments, prepare, set_aside, show_study
 from medvit.config import EvaluationConfig, load_config
-from medvit.records import EXIT_DONE, EXIT_QUARANTINE, EXIT_REFUSED, ScanError, UsageError
+from medvit.records import (
+    EXIT_DONE,
+    EXIT_QUARANTINE,
+    EXIT_REFUSED,
+    Case,
+    GateError,
+    ReasonCode,
+    ScanError,
+    UsageError,
+)
 
 EPILOG = """
 examples:
@@ -57,6 +67,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser().parse_intermixed_args(argv)
     if (arguments.run is None) == (arguments.predictions is None):
         raise UsageError("give either RUN or --predictions CSV (see -h).")
+    check_arguments(arguments)
     baseline = read_baseline(arguments.baseline)
     status, further = EXIT_DONE, evaluation.Further()
     about: dict[str, str] = {}
@@ -76,6 +87,26 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.gate and any(table.verdict == "not met" for table in report.fairness):
         return EXIT_REFUSED
     return status
+
+
+def check_arguments(arguments: argparse.Namespace) -> None:
+    """Refuse what would be ignored, and an output that is somebody else's.
+
+    Raises:
+        UsageError: labels without a folder, or results of another command in --output.
+    """
+    given = {
+        "--labels": arguments.labels,
+        "--label-column": arguments.label_column != "label",
+        "--site-column": arguments.site_column,
+        "--assume-hu": arguments.assume_hu,
+    }
+    if arguments.folder is None and any(given.values()):
+        named = ", ".join(option for option, value in given.items() if value)
+        raise UsageError(f"{named}: belongs to a FOLDER of CT to predict (see -h), and there is none.")
+    for name in ("config.yaml", "ledger.sqlite", "bundle.json"):
+        if (arguments.output / name).exists():
+            raise UsageError(f"--output {arguments.output}: holds {name}, results of a run. Give a folder of its own.")
 
 
 def read_baseline(given: str | None) -> tuple[pd.DataFrame, str] | None:
@@ -100,12 +131,14 @@ def predict_labelled(
     arguments.output.mkdir(parents=True, exist_ok=True)
     with Display() as display, tempfile.TemporaryDirectory(dir=arguments.output, prefix=".cache-") as scratch:
         study = prepare(arguments, data.default_cache_dir(Path(scratch)), model.preprocessing, display)
+        show_study(study, [], display)
+        cases, notes = unseen(arguments.run, study)
         unknown = sorted({str(case.label) for case in study.cases} - set(model.info.classes))
         if unknown:
             raise UsageError(f"labels {', '.join(unknown)} are none of the model's: {', '.join(model.info.classes)}.")
-        display.start("predicting", len(study.cases))
+        display.start("predicting", len(cases))
         rows, judged, features = [], [], []
-        for case in study.cases:
+        for case in cases:
             try:
                 prediction, pooled = predict(model, case, study.cache)
             except ScanError as error:  # the model must not be asked
@@ -122,9 +155,41 @@ def predict_labelled(
     evaluation.write_predictions(pd.DataFrame(rows), path)
     about = {
         "Model": model.info.architecture.name,
-        "Cases": f"{len(study.cases)} labelled, not seen in training if so chosen",
+        "Cases": f"{len(cases)} labelled",
     }
-    return evaluation.read_predictions(path), about, further, EXIT_QUARANTINE if set_aside(study) else EXIT_DONE
+    frame = evaluation.read_predictions(path)
+    frame.attrs["notes"] = notes + frame.attrs["notes"]
+    incomplete = set_aside(study) or len(judged) < len(cases)
+    return frame, about, further, EXIT_QUARANTINE if incomplete else EXIT_DONE
+
+
+def unseen(run: Path, study: Study) -> tuple[list[Case], list[str]]:
+    """The labelled cases that a run has not learned from, and what a reader must know of the others.
+
+    Raises:
+        GateError: it has learned from all of them.
+    """
+    cases = [case for case in study.cases if case.label is not None]
+    seen, notes = shared(run, {case.patient_id for case in cases}, KNOWN), list[str]()
+    if seen is None:
+        notes.append("Whether the model has learned from these patients is not known: no cases.csv is beside it.")
+    elif seen:
+        left = [case for case in cases if case.patient_id not in seen]
+        if not left:
+            raise GateError(
+                f"{ReasonCode.LEAKAGE}: {run} has learned from all {len(seen)} patients of this folder, and would be "
+                f"judged by what it was told. Its held-out patients are in medvit-evaluate {run}; give others here."
+            )
+        notes.append(
+            f"{len(cases) - len(left)} of {len(cases)} cases are of {len(seen)} patients whom the model has learned "
+            "from: left out."
+        )
+        cases = left
+    if study.failures:
+        notes.append(f"{len(study.failures)} labelled cases could not be read and are in no figure.")
+    if unmatched := len(study.manifest.unmatched_rows):
+        notes.append(f"{unmatched} rows of the labels match no file.")
+    return cases, notes
 
 
 def show_report(report: evaluation.Report, further: evaluation.Further) -> None:

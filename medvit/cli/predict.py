@@ -138,11 +138,11 @@ def query(text: str) -> tuple[str, str]:
 
 def since(text: str) -> datetime:
     """A time, or a span before now."""
-    if span := re.fullmatch(r"(\d+)([mhd])", text):
-        return datetime.now(UTC) - timedelta(**{UNITS[span[2]]: int(span[1])})
     try:
+        if span := re.fullmatch(r"(\d+)([mhd])", text):
+            return datetime.now(UTC) - timedelta(**{UNITS[span[2]]: int(span[1])})
         return datetime.fromisoformat(text).astimezone()
-    except ValueError:
+    except (ValueError, OverflowError):
         raise argparse.ArgumentTypeError(f"{text!r}: give a date, date and time, or a span such as 12h") from None
 
 

@@ -24,10 +24,12 @@ import medvit
 from medvit import data, evaluation, training
 from medvit.cli.console import Display, Parser, command
 from medvit.cli.evaluate import show_report
+from medvit.cli.learned import TAUGHT, shared
 from medvit.cli.looking import look_into, refused_row
 from medvit.cli.study import Study, add_label_arguments, prepare, set_aside, show_study
 from medvit.config import GRIDS, Config, load_config, shipped_configs
-from medvit.records import EXIT_DONE, EXIT_QUARANTINE, Case, ReasonCode, UsageError
+from medvit.models.bundle_info import read_info
+from medvit.records import EXIT_DONE, EXIT_QUARANTINE, Case, GateError, ReasonCode, UsageError
 from medvit.training import processes
 
 EPILOG = f"""
@@ -93,6 +95,7 @@ def train(arguments: argparse.Namespace, config: Config) -> int:
         folds = data.make_folds(study.cases, config.data, config.training.seed)
         experiment = supervised(study, config, output, display, resume=arguments.resume)
         show_study(study, folds, display)
+        check_weights(Path(config.model.weights), study, folds, display)
         if arguments.dry_run:
             show_estimate(experiment, folds, display)
             return EXIT_DONE
@@ -202,6 +205,28 @@ def check_sweep(config: Config, grid: str) -> None:
         )
     if grid == "strength" and not config.objective.adapts:
         raise UsageError(f"--sweep strength: objective.name={config.objective.name} has none. Take dann, cdan or mmd.")
+
+
+def check_weights(weights: Path, study: Study, folds: Sequence[data.Fold], display: Display) -> None:
+    """Refuse to start from a run that has learned the labels of patients who are to choose or to judge.
+
+    Raises:
+        GateError: so many patients.
+    """
+    if not weights.is_dir():
+        return
+    judging = {study.cases[index].patient_id for fold in folds for index in (*fold.val, *fold.test)}
+    seen = shared(weights, judging, TAUGHT)
+    if seen is None:
+        display.say(f"  whether {weights} has learned from these patients is not known: it has no cases.csv")
+    elif seen and read_info(weights)[0].classes:
+        raise GateError(
+            f"{ReasonCode.LEAKAGE}: {len(seen)} of {len(judging)} patients who choose or judge here have taught "
+            f"model.weights={weights} their labels: figures would be worth nothing. Start from other weights, or keep "
+            "those patients out by a split column."
+        )
+    elif seen:
+        display.say(f"  {len(seen)} of {len(judging)} patients who judge were in the pretraining, without labels")
 
 
 def prepare_output(output: Path, config: Config, *, resume: bool, sweep: bool = False) -> None:

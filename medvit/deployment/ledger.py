@@ -271,9 +271,10 @@ class Ledger:
         return None if row is None else Head(*row)
 
     def unsent(self, target: str) -> list[str]:
-        """Results, as paths in the output folder, that a PACS has not got yet."""
+        """Results, as paths in the output folder, that a PACS has not got yet; none of images that have changed."""
+        rows = self.connection.execute("SELECT sr, sc FROM result WHERE state = ? ORDER BY study", (str(State.DONE),))
         known = {name for (name,) in self.connection.execute("SELECT name FROM sent WHERE target = ?", (target,))}
-        return [name for name in self.written() if name not in known]
+        return [name for row in rows for name in row if name and name not in known]
 
     def put_sent(self, name: str, target: str, audit: Head) -> None:
         """Remember that a PACS has a result, and the end of the audit that says so."""

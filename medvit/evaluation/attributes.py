@@ -11,6 +11,9 @@ STANDARD = ("site", "sex", "age_band")
 AGE_EDGES = (0, 18, 40, 60, 80, 131)
 AGE_BANDS = ("0–17", "18–39", "40–59", "60–79", "80+")
 
+MOST_GROUPS = 24
+"""Of a standard attribute: more sites than these are one group, or time and memory would go with their square."""
+
 MOST_VALUES = 12
 """A column with more distinct values is taken for a measurement, not for groups."""
 
@@ -45,6 +48,9 @@ def with_attributes(frame: pd.DataFrame, settings: EvaluationConfig) -> tuple[pd
     wanted = list(dict.fromkeys([*STANDARD, *groups])) if settings.attributes is None else list(settings.attributes)
     notes += [f"No column `{name}`: no comparison by it." for name in wanted if name not in frame]
     chosen = [name for name in wanted if name in frame]
+    for name in chosen:
+        if frame[name].nunique() > MOST_GROUPS:
+            notes.append(_pool(name, frame, refused))
     pairs = [pair for pair in settings.crossings if all(_several(frame, name) for name in pair)]
     for first, second in pairs:
         for side in (frame, refused):
@@ -52,6 +58,15 @@ def with_attributes(frame: pd.DataFrame, settings: EvaluationConfig) -> tuple[pd
         chosen.append(f"{first}_by_{second}")
     frame.attrs["refused"] = refused.to_dict("records")
     return frame, tuple(chosen), notes
+
+
+def _pool(name: str, frame: pd.DataFrame, refused: pd.DataFrame) -> str:
+    """Make one group of all but the most frequent ones, in both frames; a note that says so."""
+    counts = frame[name][frame[name] != ""].value_counts()
+    kept, rest = set(counts.index[: MOST_GROUPS - 1]), len(counts) - MOST_GROUPS + 1
+    for side in (frame, refused):
+        side[name] = side[name].where(side[name].isin(kept) | (side[name] == ""), f"other ({rest})")
+    return f"Column `{name}` has {len(counts)} values: all but the {MOST_GROUPS - 1} most frequent are one group."
 
 
 def _derived(frame: pd.DataFrame) -> pd.DataFrame:

@@ -17,7 +17,7 @@ from medvit.config import EvaluationConfig, PricesConfig
 from medvit.evaluation.bootstrap import PatientBootstrap, exact_end, percentile_interval
 from medvit.evaluation.figures import mean_figures, patients_behind
 from medvit.evaluation.metrics import Interval, weighted_rate
-from medvit.evaluation.predictions import class_names, one_vs_rest
+from medvit.evaluation.predictions import NUMBERED, class_names, one_vs_rest
 from medvit.records import UsageError
 
 COMPARED = ("auroc", "sensitivity", "specificity")
@@ -91,10 +91,13 @@ def measure_gain(frame: pd.DataFrame, baseline: pd.DataFrame, name: str, setting
             f"{', '.join(class_names(frame))}. Both need the same p_<class> columns in the same order."
         )
     known = set(baseline["case_id"])
-    shared = [case for case in frame["case_id"] if case in known]
+    shared = [case for case in frame["case_id"] if case in known and not case.startswith(NUMBERED)]
     own, other = (one.set_index("case_id").loc[shared].reset_index() for one in (frame, baseline))
     if not shared:
-        raise UsageError(f"--baseline {name}: no case_id is in both tables. Give both methods the same case_id.")
+        raise UsageError(
+            f"--baseline {name}: no case_id is in both tables, and rows are not paired by their number. Give both "
+            "methods the same case_id."
+        )
     if (differ := int((own["label"] != other["label"]).sum())) > 0:
         raise UsageError(f"--baseline {name}: {differ} cases have another label there. Judge both by one reference.")
     views = one_vs_rest(own), one_vs_rest(other)

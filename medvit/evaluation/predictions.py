@@ -7,6 +7,7 @@ number, never by identifier.
 
 from __future__ import annotations
 
+import csv
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +25,9 @@ SUM_TOLERANCE = 0.01
 
 REFUSED = str(ReasonCode.NOT_FOR_MODEL)
 """In `flags` of a row without probabilities: a case that the model would not judge."""
+
+NUMBERED = "row "
+"""Begins a case_id or patient_id that no table gave: it says nothing about other tables."""
 
 FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
 """A spreadsheet would execute a cell that begins so (OWASP, CSV injection)."""
@@ -72,12 +76,20 @@ def read_predictions(path: str | Path) -> pd.DataFrame:
     """
     name = Path(path).name
     try:
-        frame = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
+        with Path(path).open(encoding="utf-8-sig", newline="") as stream:
+            (header, *rows) = (row for row in csv.reader(stream, strict=True) if any(row))
+    except (OSError, UnicodeDecodeError, ValueError, csv.Error) as error:
         raise UsageError(
             f"{name}: not readable as a CSV ({type(error).__name__}). Give a comma-separated UTF-8 table with header."
         ) from None
-    return check_predictions(frame, name)
+    wide = [number for number, row in enumerate(rows, 1) if any(cell.strip() for cell in row[len(header) :])]
+    if wide:  # taken as they stand, every column would be another's
+        raise UsageError(
+            f"{name}: {len(wide)} rows have more cells than the header, first data row {wide[0]}. Put quotes around "
+            "commas, or name every column."
+        )
+    cells = [(row + [""] * len(header))[: len(header)] for row in rows]
+    return check_predictions(pd.DataFrame(cells, columns=header, dtype=object), name)
 
 
 def check_predictions(frame: pd.DataFrame, name: str = "predictions") -> pd.DataFrame:
@@ -94,6 +106,8 @@ def check_predictions(frame: pd.DataFrame, name: str = "predictions") -> pd.Data
     """
     notes = list(frame.attrs.get("notes", ()))
     frame = frame.rename(columns=lambda column: str(column).strip())
+    if twice := sorted(set(frame.columns[frame.columns.duplicated()]) - {""}):
+        raise UsageError(f"{name}: columns {', '.join(twice)} are there twice. Keep one of each.")
     for column in frame.columns:
         if not column.startswith("p_") and column not in NUMBERS:
             frame[column] = frame[column].map(read_cell).astype(object)
@@ -114,7 +128,7 @@ def check_predictions(frame: pd.DataFrame, name: str = "predictions") -> pd.Data
     frame = _check_probabilities(frame[~refused].copy(), name)
     for column in NUMBERS:
         if column in frame:
-            frame[column] = pd.to_numeric(frame[column], errors="coerce").astype(np.float64)
+            notes += _read_numbers(frame, column, name)
     _check_classes(frame, "label", name)
     notes += _fill_identifiers(frame, name)
     notes += _fill_predicted(frame)
@@ -178,6 +192,19 @@ def _check_probabilities(frame: pd.DataFrame, name: str) -> pd.DataFrame:
     return frame
 
 
+def _read_numbers(frame: pd.DataFrame, column: str, name: str) -> list[str]:
+    """Make a column numbers, NaN where empty; what is no number decides nothing, so that a threshold must be one."""
+    numbers = pd.to_numeric(frame[column], errors="coerce").astype(np.float64)
+    strange = np.isnan(numbers) & (frame[column].map(read_cell) != "")
+    if strange.any() and column == "threshold":
+        raise UsageError(
+            f"{name}: `threshold` has {frame[column][strange].iloc[0]!r}, which is no number (decimal point?), in "
+            f"{strange.sum()} rows. Correct it, or leave it empty."
+        )
+    frame[column] = numbers
+    return [f"{strange.sum()} cells of `{column}` are no numbers and count as not given."] if strange.any() else []
+
+
 def _check_classes(frame: pd.DataFrame, column: str, name: str) -> None:
     classes = class_names(frame)
     # pandas writes 0/1 beside missing values as 0.0/1.0
@@ -194,9 +221,12 @@ def _fill_identifiers(frame: pd.DataFrame, name: str) -> list[str]:
     notes = []
     rows = frame.index.astype(str)
     if "case_id" not in frame:
-        frame["case_id"] = "row " + rows
+        frame["case_id"] = NUMBERED + rows
         notes.append("No case_id column: rows were numbered.")
-    twice = frame["case_id"].duplicated() & (frame["case_id"] != "")
+    if (nameless := (frame["case_id"] == "").to_numpy()).any():
+        frame.loc[nameless, "case_id"] = NUMBERED + rows[nameless]
+        notes.append(f"{nameless.sum()} of {len(frame)} rows have no case_id: they were numbered.")
+    twice = frame["case_id"].duplicated()
     if twice.any():
         first = twice.tolist().index(True)
         raise UsageError(
@@ -205,7 +235,7 @@ def _fill_identifiers(frame: pd.DataFrame, name: str) -> list[str]:
         )
     missing = (frame["patient_id"] == "") if "patient_id" in frame else pd.Series(True, index=frame.index)
     if missing.any():
-        frame.loc[missing, "patient_id"] = "row " + rows[missing.to_numpy()]
+        frame.loc[missing, "patient_id"] = NUMBERED + rows[missing.to_numpy()]
         notes.append(
             f"{missing.sum()} of {len(frame)} cases have no patient_id: each counts as a patient of its own. "
             "If patients have several cases, the intervals are too narrow."

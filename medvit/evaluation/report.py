@@ -33,6 +33,7 @@ from medvit.evaluation.physics import CORRUPTIONS
 from medvit.evaluation.plain import without_nan
 from medvit.evaluation.predictions import OneVsRest, check_predictions, class_names, one_vs_rest
 from medvit.evaluation.robustness_chart import draw_robustness
+from medvit.records import UsageError
 
 SCHEMA_VERSION = 1
 """Of metrics.json and fairness.json; docs/report_schema.md lists their fields."""
@@ -120,7 +121,10 @@ def write_report(
     checked, attributes, absent = with_attributes(checked, settings)
     checked.attrs["notes"] = [*checked.attrs["notes"], *absent]
     folder = Path(output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{folder}: no folder can be made there ({error.strerror}). Give another.") from None
     report = _measure(checked, folder / "report.html", settings, attributes)
     numbers = asdict(report)
     fairness = {"tolerance": settings.tolerance, "min_cell": settings.min_cell, "tables": numbers.pop("fairness")}
@@ -139,6 +143,7 @@ def _measure(frame: pd.DataFrame, path: Path, settings: EvaluationConfig, attrib
     bootstrap = PatientBootstrap(frame["patient_id"].to_numpy(), settings.bootstrap, settings.confidence)
     figures = measure_figures(view, bootstrap)
     fairness = adjusted([table for name in attributes for table in assess_fairness(frame, name, settings)])
+    decides = "threshold" in frame and len(classes) == 2  # of more, the most probable is called
     confusion = Counter(zip(frame["label"], frame["predicted"], strict=True))
     return Report(
         path=path,
@@ -148,7 +153,7 @@ def _measure(frame: pd.DataFrame, path: Path, settings: EvaluationConfig, attrib
         cases=len(frame),
         patients=frame["patient_id"].nunique(),
         confusion={true: {name: confusion[true, name] for name in classes} for true in classes},
-        thresholds=tuple(sorted(set(frame["threshold"].dropna()))) if "threshold" in frame else (),
+        thresholds=tuple(sorted(set(frame["threshold"].dropna()))) if decides else (),
         **figures,
         auroc_within_folds=auroc_within_folds(frame, view, bootstrap),
         detectable_auroc_difference=figures["auroc"].half_width,

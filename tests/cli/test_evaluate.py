@@ -1,6 +1,7 @@
 import csv
 import json
 import random
+import shutil
 
 import pytest
 
@@ -42,6 +43,40 @@ def test_model_on_another_labelled_folder(trained, export, tmp_path):
     assert numbers["latency"]["cases"] == 4
     assert {"explanation", "robustness"} <= set(numbers)
     assert numbers["robustness"]["available"] == 4
+
+
+def test_patients_whom_the_model_has_learned_from_do_not_judge_it(trained, site, tmp_path, capsys):
+    report = tmp_path / "report"
+    arguments = [str(trained), str(site.folder), "--labels", str(site.labels), "--output"]
+    assert evaluate.main([*arguments, str(report)]) == 3
+    told = capsys.readouterr()
+    assert "rows of the table match no file" in told.err
+    with (trained / "cases.csv").open(encoding="utf-8-sig", newline="") as stream:
+        sides = {row["case_id"]: row["split"] for row in csv.DictReader(stream)}
+    with (report / "predictions.csv").open(encoding="utf-8-sig", newline="") as stream:
+        judged = {row["case_id"] for row in csv.DictReader(stream)}
+    assert judged == {case for case, side in sides.items() if side == "test"}
+    notes = json.loads((report / "metrics.json").read_text(encoding="utf-8"))["notes"]
+    assert any("whom the model has learned from: left out" in note for note in notes)
+    (tmp_path / "run").mkdir()
+    shutil.copytree(trained / "bundle", tmp_path / "run" / "bundle")
+    text = (trained / "cases.csv").read_text(encoding="utf-8-sig").replace("test", "train")
+    (tmp_path / "run" / "cases.csv").write_text(text, encoding="utf-8")
+    assert evaluate.main([str(tmp_path / "run"), *arguments[1:], str(tmp_path / "other")]) == 4
+    assert "has learned from all" in capsys.readouterr().err
+
+
+def test_what_would_be_ignored_or_overwritten_is_refused(trained, site, unfair, tmp_path, capsys):
+    for first in ([str(trained)], ["--predictions", str(unfair)]):
+        assert evaluate.main([*first, "--labels", str(site.labels), "--output", str(tmp_path / "report")]) == 2
+        assert "--labels: belongs to a FOLDER" in capsys.readouterr().err
+    before = (trained / "predictions.csv").read_bytes()
+    assert evaluate.main([str(trained), str(site.folder), "--labels", str(site.labels), "--output", str(trained)]) == 2
+    assert "results of a run" in capsys.readouterr().err
+    assert (trained / "predictions.csv").read_bytes() == before
+    (tmp_path / "file").write_text("")
+    assert evaluate.main(["--predictions", str(unfair), "--output", str(tmp_path / "file" / "report")]) == 2
+    assert "no folder can be made there" in capsys.readouterr().err
 
 
 def test_pictures_of_patients_can_be_left_out(train_tiny, tmp_path):

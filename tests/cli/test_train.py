@@ -299,6 +299,62 @@ def test_a_sweep_goes_on_with_the_best_point(train_tiny, tmp_path, monkeypatch, 
     assert rows(run / "sweep.csv") == points
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--sweep", "rates", "data.folds=3"], "each of them is judged in another fold"),
+        (["--sweep", "strength"], "has none. Take dann"),
+    ],
+)
+def test_a_sweep_that_compares_nothing_or_by_what_judges_is_refused(words, message, train_tiny, tmp_path, capsys):
+    assert train_tiny(tmp_path / "run", *words) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def rewritten(site, path, change) -> list[str]:
+    """Arguments of the hospital with a changed table of labels."""
+    table = [change(row) for row in rows(site.labels)]
+    with path.open("w", encoding="utf-8", newline="") as stream:
+        writer = csv.DictWriter(stream, table[0].keys())
+        writer.writeheader()
+        writer.writerows(table)
+    return [str(site.folder), "--labels", str(path), *TINY]
+
+
+def test_one_source_and_one_target_can_be_tried_dry(site, tmp_path, capfd):
+    """The domains of a step are those of source and target."""
+    two = rewritten(
+        site,
+        tmp_path / "labels.csv",
+        lambda row: {**row, "site": "Here" if row["site"] != "Harbour Hospital" else "There"},
+    )
+    words = [*TOWARDS_HARBOUR[1:], "data.target_sites=[There]", "objective.name=dann"]
+    assert train.main([*two, *words, "--dry-run", f"data.cache_dir={tmp_path / 'cache'}"]) == 0
+    assert "one step takes" in capfd.readouterr().err
+
+
+def test_a_second_label_column_is_not_what_is_judged(site, tmp_path, capfd):
+    """It was predictions.csv's: the report judged the wrong label, and nobody was told."""
+    arguments = rewritten(
+        site, tmp_path / "labels.csv", lambda row: {**row, "finding": row["label"], "label": str(1 - int(row["label"]))}
+    )
+    run = tmp_path / "run"
+    assert train.main([*arguments, "--label-column", "finding", "--output", str(run)]) == 3
+    told = {row["case_id"]: row["label"] for row in rows(run / "cases.csv")}
+    predicted = rows(run / "predictions.csv")
+    assert all(row["label"] == told[row["case_id"]] for row in predicted)
+    assert all(row["label_in_table"] == str(1 - int(row["label"])) for row in predicted)
+    assert "column label is called label_in_table" in capfd.readouterr().err
+
+
+def test_patients_who_taught_the_weights_do_not_judge(trained, train_tiny, tmp_path, capsys):
+    taught = [f"model.weights={trained}", "training.stages.0.epochs=1"]
+    assert train_tiny(tmp_path / "one", *taught, "data.folds=3") == 4
+    assert "LEAKAGE" in capsys.readouterr().err
+    assert train_tiny(tmp_path / "two", *taught, "preprocessing.mean=[0.5,0.5,0.5]", "--dry-run") != 4  # the same split
+
+
 def test_two_processes_train_the_model_of_one(site, tmp_path):
     """The same cases in each step, nothing random in the model: what differs is rounding."""
     common = [str(site.folder), "--labels", str(site.labels), *TINY, "model.drop_path=0", "training.threads=1"]

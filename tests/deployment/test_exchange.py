@@ -7,6 +7,8 @@ from pydicom import dcmread
 
 from medvit.cli import predict
 from medvit.deployment import BatchOptions, Wanted, predict_folder, receive, send_results
+from medvit.deployment.ledger import Ledger
+from medvit.deployment.premises import LEDGER
 from medvit.io import Pacs, PacsError, Retry, open_pacs
 from medvit.models.bundle import save_bundle
 from tests.deployment.batches import NOON, make_model, outputs, series
@@ -98,6 +100,23 @@ def test_results_that_could_not_be_sent_are_sent_by_the_next_run(orthanc, tmp_pa
     assert send_results(pacs, tmp_path / "out", model, options) == {"": 6}
     assert send_results(pacs, tmp_path / "out", model, options) == {}
     assert orthanc.instances() == 3 * (4 + 2)
+
+
+def test_the_report_of_images_that_have_changed_is_not_sent(tmp_path):
+    """What a PACS has got it keeps: it would say of the images there what was said of others."""
+    for number in range(2):
+        series(number).write(tmp_path / "in" / str(number))
+    model, options = make_model(), BatchOptions()
+    predict_folder(tmp_path / "in", model, tmp_path / "out", options, clock=lambda: NOON)
+    with Ledger(tmp_path / "out" / LEDGER, *options.identity(model)) as ledger:
+        first, second = (result.study for result in ledger.results())
+        whole = ledger.unsent("pacs")
+        ledger.outdate([first])
+        left = ledger.unsent("pacs")
+        assert len(whole) == 4
+        kept = ledger.find(second)
+        assert set(left) == {kept.sr, kept.sc}
+        assert set(ledger.written()) == set(whole)  # they stay where they are
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@ import numpy as np
 import pandas as pd
 
 from medvit.config import EvaluationConfig
-from medvit.evaluation.attributes import MOST_VALUES, age_band, with_attributes
+from medvit.evaluation.attributes import MOST_GROUPS, MOST_VALUES, age_band, with_attributes
 from medvit.evaluation.fairness import assess_fairness
 from medvit.evaluation.predictions import check_predictions
 
@@ -49,3 +49,15 @@ def test_a_number_is_one_group_however_it_is_spelled(cohort):
     assert set(found["thickness"]) == {"5", "2.5", ""}
     mixed, _, _ = with_attributes(check_predictions(cohort(60).assign(kernel=["30", "B30f"] * 30)), EvaluationConfig())
     assert set(mixed["kernel"]) == {"30", "B30f"}
+
+
+def test_of_very_many_sites_the_rare_ones_are_one_group(cohort):
+    """Every pair of groups is compared: 300 institutions would be 45,000 pairs."""
+    names = [f"site {number}" for number in range(100)]
+    frame = cohort(600).assign(site=[names[min(row // 3, 99)] for row in range(600)])  # the last one has 303 cases
+    found, chosen, notes = with_attributes(check_predictions(frame), EvaluationConfig())
+    assert {"site", "site_by_sex"} <= set(chosen)
+    assert found["site"].nunique() == MOST_GROUPS
+    assert (found["site"] == "site 99").sum() == 303
+    assert (found["site"] == "other (77)").sum() == 600 - 303 - 22 * 3
+    assert "Column `site` has 100 values: all but the 23 most frequent are one group." in notes

@@ -43,6 +43,18 @@ def test_pairing_makes_a_small_gain_visible(cohort):
     assert gain.auroc.half_width < 0.04
 
 
+def test_cases_that_no_id_names_are_never_paired_by_their_row(cohort):
+    """A table whose rows were shuffled would pass for the same cases, and its intervals for paired ones."""
+    frame, other = cohort(300), blurred(cohort(300), 0.6)
+    whole = measure_gain(check_predictions(frame), check_predictions(other), "readers", SETTINGS)
+    few = [one.assign(case_id=["", "", "", "", *one["case_id"][4:]]) for one in (frame, other)]
+    gain = measure_gain(*map(check_predictions, few), "readers", SETTINGS)
+    assert (whole.cases, gain.cases) == (300, 296)
+    nameless = [check_predictions(one.drop(columns="case_id")) for one in (frame, other)]
+    with pytest.raises(UsageError, match="not paired by their number"):
+        measure_gain(*nameless, "readers", SETTINGS)
+
+
 def test_a_method_gains_nothing_over_itself(cohort):
     frame = check_predictions(cohort(100))
     gain = measure_gain(frame, frame, "itself", SETTINGS)

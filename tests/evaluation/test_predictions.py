@@ -91,6 +91,9 @@ def test_single_probability_is_complemented(tmp_path):
         ("label,p_0,p_1\n,0.5,0.5\n", "none of 1 rows", "Fill `label`"),
         ("label,p_0,p_1\n", "none of 0 rows", "Fill `label`"),
         ("label,p_0,p_1,predicted\n0,0.5,0.5,maybe\n", "`predicted` has 'maybe'", "same text"),
+        ("p_1,label,predicted\n0.7,1,0,1\n0.6,1,0,\n", "1 rows have more cells", "first data row 1"),
+        ("label,p_0,p_1,label \n0,0.5,0.5,1\n", "label are there twice", "Keep one"),
+        ('label,p_0,p_1,threshold\n0,0.5,0.5,"0,9"\n', "'0,9', which is no number", "decimal point"),
     ],
 )
 def test_errors_say_what_was_seen_and_what_is_needed(tmp_path, text, seen, needed):
@@ -98,6 +101,24 @@ def test_errors_say_what_was_seen_and_what_is_needed(tmp_path, text, seen, neede
         read(tmp_path, text)
     assert seen in str(error.value)
     assert needed in str(error.value)
+
+
+def test_a_comma_at_the_end_of_rows_moves_no_column(tmp_path):
+    frame = read(tmp_path, "p_1,label,predicted\n0.7,1,0,\n0.2,0,0,\n")
+    assert frame["p_1"].tolist() == [0.7, 0.2]
+    assert frame["label"].tolist() == ["1", "0"]
+
+
+def test_ages_that_are_no_numbers_are_counted(tmp_path):
+    frame = read(tmp_path, "label,p_0,p_1,age\n0,0.5,0.5,045Y\n1,0.5,0.5,45\n1,0.5,0.5,\n")
+    assert frame["age"].isna().tolist() == [True, False, True]
+    assert "1 cells of `age` are no numbers and count as not given." in frame.attrs["notes"]
+
+
+def test_rows_without_a_case_id_are_numbered_and_told_apart(tmp_path):
+    frame = read(tmp_path, "case_id,label,p_0,p_1\n,0,0.5,0.5\na,1,0.5,0.5\n,1,0.5,0.5\n")
+    assert frame["case_id"].is_unique
+    assert any("2 of 3 rows have no case_id" in note for note in frame.attrs["notes"])
 
 
 def test_unreadable_files(tmp_path):

@@ -5,6 +5,7 @@ import csv
 import numpy as np
 import pytest
 
+from medvit.config import Stage
 from medvit.training.experiment import Judge
 from medvit.training.grid import sweep
 from tests.training.test_experiment import CLASSES, FOLDS, LABELS, Recorder, make, root  # noqa: F401  a fixture
@@ -34,6 +35,17 @@ def test_loss_breaks_a_tie(root, tmp_path):  # noqa: F811
     best = min(points, key=lambda point: point.loss)
     assert points[0].loss != points[1].loss
     assert config.training.stages[-1].lr == best.settings["training.stages.-1.lr"]
+
+
+def test_the_row_of_the_best_epoch_is_found_where_patience_left_others_out(root, tmp_path):  # noqa: F811
+    """Epochs are counted as planned: after an early end they are not the numbers of the rows."""
+    scores = (0.6, 0.5, 0.9) * 2  # the first stage ends after two of four epochs, the second has one
+    stages = [{"epochs": 4, "lr": 1e-2}, {"epochs": 1, "lr": 1e-2}]
+    experiment = make(root, tmp_path, recorder=Recorder(scores), patience=1)
+    training = experiment.config.training.model_copy(update={"stages": tuple(map(Stage.model_validate, stages))})
+    experiment.config = experiment.config.model_copy(update={"training": training})
+    _, points = sweep(experiment, FOLDS[0], "rates")
+    assert [(point.best_epoch, point.auroc) for point in points] == [(5, 0.9)] * 2
 
 
 def right(labels, probabilities):
