@@ -20,8 +20,8 @@ from rich.table import Table
 from medvit import data, evaluation
 from medvit.cli.console import Display, Parser, command, tables
 from medvit.cli.study import add_label_arguments, prepare, set_aside, show_study
-from medvit.config import Config, load_config
-from medvit.records import EXIT_DONE, EXIT_QUARANTINE, UsageError
+from medvit.config import Config, DataConfig, load_config
+from medvit.records import EXIT_DONE, EXIT_QUARANTINE, Case, UsageError
 
 SCRATCH = "none"
 """The control: random weights of the architecture that the config names."""
@@ -72,7 +72,9 @@ def main(argv: list[str] | None = None) -> int:
         cache_dir = config.data.cache_dir or data.default_cache_dir(Path(scratch))
         study = prepare(arguments, cache_dir, config.preprocessing, display)
         show_study(study, [], display)
-        cases = [case for case in study.cases if case.label is not None]  # a split column may name unlabelled targets
+        cases = choosing(study.cases, config.data)
+        if kept := sum(case.label is not None for case in study.cases) - len(cases):
+            display.say(f"  {kept} labelled cases are kept for judging (split test, held-out and target sites)")
         sights = {}
         for candidate in candidates:
             display.start(f"features of {candidate.name}", len(cases))
@@ -90,6 +92,13 @@ def main(argv: list[str] | None = None) -> int:
     else:
         show(ranking)
     return EXIT_QUARANTINE if set_aside(study) else EXIT_DONE
+
+
+def choosing(cases: Sequence[Case], settings: DataConfig) -> list[Case]:
+    """Labelled cases that weights may be chosen by: none that judges, or whose labels are not to be known."""
+    apart = {*settings.holdout_sites, *settings.target_sites}
+    sides = ("test", "target")
+    return [case for case in cases if case.label is not None and case.split not in sides and case.site not in apart]
 
 
 def is_setting(word: str) -> bool:

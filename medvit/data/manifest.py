@@ -7,6 +7,7 @@ row are both listed: a join that silently loses cases is how studies go wrong.
 
 from __future__ import annotations
 
+import math
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,6 +27,9 @@ FILE_KEYS = ("path", "sop_uid")
 
 RESERVED = {name for names in KEYS.values() for name in names} | {"site", "sex", "age", "split"}
 """Columns that mean something of their own, lower case."""
+
+MISSING = ("", "nan")
+"""A label that is none: pandas writes NaN where there was nothing."""
 
 VOLUME_FAULTS = {
     ReasonCode.DUP_IDENTICAL,
@@ -283,7 +287,7 @@ def _case(
         files=unit.files,
         part=part,
         identities=identities(header, named),
-        label=(row[label] or None) if label else None,
+        label=None if label is None or row[label].lower() in MISSING else row[label],
         site=row[site] if site else header.site,
         site_source=f"column {site}" if site else header.site_source,
         sex=given.get("sex", header.sex),
@@ -306,6 +310,7 @@ def _case_id(unit: _Unit, part: int) -> str:
 
 def _age(given: str | None, header: ScanHeader) -> float | None:
     try:
-        return header.age if given is None else float(given)
+        age = -1.0 if given is None else float(given)
     except ValueError:
         return header.age
+    return age if 0 <= age < math.inf else header.age

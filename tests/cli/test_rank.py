@@ -45,6 +45,15 @@ def rank_tiny(site, capsys):
     return run
 
 
+def test_who_will_judge_does_not_choose(weights, rank_tiny):
+    code, out, err = rank_tiny(
+        "--json", "--weights", str(weights / "good.safetensors"), "data.holdout_sites=[Harbour Hospital]"
+    )
+    assert code == 3
+    assert "8 labelled cases are kept for judging" in err
+    assert json.loads(out)["cases"] == 16
+
+
 def test_ranking_holds_all_candidates_once_best_probe_first(weights, rank_tiny, site, tmp_path):
     good, other = weights / "good.safetensors", f"{OTHER}={weights / 'other.safetensors'}"
     words = ["--output", str(tmp_path / "ranking"), "--json", "--weights", str(good), other, str(good)]

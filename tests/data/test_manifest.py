@@ -326,6 +326,14 @@ def test_columns_win_over_headers_and_the_rest_become_attributes(hospital):
     assert (two.sex, two.age, two.split, dict(two.attributes)) == ("F", 61, "test", {})
 
 
+@pytest.mark.parametrize("nothing", ["", "nan", "NaN"])
+def test_what_pandas_writes_for_nothing_is_no_label_and_no_age(hospital, nothing):
+    text = f"study_uid,label,age\n{UID}.1,yes,{nothing}\n{UID}.2,no,inf\n"
+    assert {case.age for case in manifest_of(hospital, text).cases} == {61}  # the header's
+    with pytest.raises(UsageError, match="only 'no'"):
+        manifest_of(hospital, f"study_uid,label\n{UID}.1,{nothing}\n{UID}.2,no\n")
+
+
 def test_columns_that_predictions_have_too_go_along_under_another_name(hospital):
     """Else the report would judge the second label, or a reader's call in place of the model's."""
     text = "patient_id,finding,label,Fold,p_mean,age_band\nMueller-0815,yes,no,7,0.3,old\nSchmidt-4711,no,yes,8,0.4,x\n"
