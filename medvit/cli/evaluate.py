@@ -104,7 +104,7 @@ def check_arguments(arguments: argparse.Namespace) -> None:
     if arguments.folder is None and any(given.values()):
         named = ", ".join(option for option, value in given.items() if value)
         raise UsageError(f"{named}: belongs to a FOLDER of CT to predict (see -h), and there is none.")
-    for name in ("config.yaml", "ledger.sqlite", "bundle.json"):
+    for name in ("cases.csv", "ledger.sqlite", "bundle.json"):
         if (arguments.output / name).exists():
             raise UsageError(f"--output {arguments.output}: holds {name}, results of a run. Give a folder of its own.")
 
@@ -133,7 +133,7 @@ def predict_labelled(
         study = prepare(arguments, data.default_cache_dir(Path(scratch)), model.preprocessing, display)
         show_study(study, [], display)
         cases, notes = unseen(arguments.run, study)
-        unknown = sorted({str(case.label) for case in study.cases} - set(model.info.classes))
+        unknown = sorted({str(case.label) for case in cases} - set(model.info.classes))
         if unknown:
             raise UsageError(f"labels {', '.join(unknown)} are none of the model's: {', '.join(model.info.classes)}.")
         display.start("predicting", len(cases))

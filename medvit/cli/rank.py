@@ -19,9 +19,11 @@ from rich.table import Table
 
 from medvit import data, evaluation
 from medvit.cli.console import Display, Parser, command, tables
+from medvit.cli.learned import TAUGHT, shared
 from medvit.cli.study import add_label_arguments, prepare, set_aside, show_study
 from medvit.config import Config, DataConfig, load_config
-from medvit.records import EXIT_DONE, EXIT_QUARANTINE, Case, UsageError
+from medvit.models.bundle_info import read_info
+from medvit.records import EXIT_DONE, EXIT_QUARANTINE, Case, GateError, ReasonCode, UsageError
 
 SCRATCH = "none"
 """The control: random weights of the architecture that the config names."""
@@ -73,6 +75,7 @@ def main(argv: list[str] | None = None) -> int:
         study = prepare(arguments, cache_dir, config.preprocessing, display)
         show_study(study, [], display)
         cases = choosing(study.cases, config.data)
+        refuse_taught(candidates, cases)
         if kept := sum(case.label is not None for case in study.cases) - len(cases):
             display.say(f"  {kept} labelled cases are kept for judging (split test, held-out and target sites)")
         sights = {}
@@ -92,6 +95,27 @@ def main(argv: list[str] | None = None) -> int:
     else:
         show(ranking)
     return EXIT_QUARANTINE if set_aside(study) else EXIT_DONE
+
+
+def refuse_taught(candidates: Sequence[evaluation.Candidate], cases: Sequence[Case]) -> None:
+    """Refuse to rank a run by the labels that it has learned.
+
+    Raises:
+        GateError: a candidate is such a run.
+        UsageError: fewer than two classes are left to rank by.
+    """
+    if len({case.label for case in cases}) < 2:
+        raise UsageError(
+            f"{len(cases)} labelled cases are left to rank by, of fewer than two classes: the others are kept for "
+            "judging (split test, data.holdout_sites, data.target_sites)."
+        )
+    patients = {case.patient_id for case in cases}
+    for run in (Path(one.model.weights) for one in candidates):
+        if run.is_dir() and (seen := shared(run, patients, TAUGHT)) and read_info(run)[0].classes:
+            raise GateError(
+                f"{ReasonCode.LEAKAGE}: {run} has learned the labels of {len(seen)} of {len(patients)} patients, and "
+                "would come first for it. Rank it by others."
+            )
 
 
 def choosing(cases: Sequence[Case], settings: DataConfig) -> list[Case]:

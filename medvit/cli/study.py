@@ -144,7 +144,8 @@ def show_study(study: Study, folds: Sequence[data.Fold], display: Display) -> No
             "patient of its own. Where that is wrong, add a patient_id column"
         )
     if manifest.attributes.left_out:
-        say(f"  left out of all results, since they may name people: columns {', '.join(manifest.attributes.left_out)}")
+        columns = ", ".join(manifest.attributes.left_out)
+        say(f"  left out of all results, since they may name people: columns {columns}. Rename one that does not")
     for column, name in manifest.attributes.renamed.items():
         say(f"  column {column} is called {name} in predictions and report, which have a column of that name")
     for why, count in Counter(other.detail.partition(" (")[0] for other in manifest.not_selected).items():

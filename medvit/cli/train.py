@@ -96,6 +96,7 @@ def train(arguments: argparse.Namespace, config: Config) -> int:
         experiment = supervised(study, config, output, display, resume=arguments.resume)
         show_study(study, folds, display)
         check_weights(Path(config.model.weights), study, folds, display)
+        experiment.check(folds)
         if arguments.dry_run:
             show_estimate(experiment, folds, display)
             return EXIT_DONE
@@ -103,6 +104,11 @@ def train(arguments: argparse.Namespace, config: Config) -> int:
         if arguments.sweep:
             experiment = sweep(experiment, folds, arguments.sweep, display)
         result = experiment.run(folds)
+        if result.refused:
+            display.say(
+                f"  {len(result.refused)} held-out cases {ReasonCode.NOT_FOR_MODEL}: no training scan was like them in "
+                "what inference.refuse names; they have no score, as they would have none in deployment"
+            )
         hours = None if arguments.resume else (time.monotonic() - began) / 3600
         if processes.first():
             write_cases(output / "cases.csv", study.cases, folds)
@@ -110,7 +116,7 @@ def train(arguments: argparse.Namespace, config: Config) -> int:
             report, further = write_reports(study, experiment, result, hours, display)
             show_result(report, further, output, result)
         processes.wait()  # torchrun ends the first where another has gone with a code of its own, such as 3
-    return EXIT_QUARANTINE if set_aside(study) else EXIT_DONE
+    return EXIT_QUARANTINE if set_aside(study) or result.refused else EXIT_DONE
 
 
 def pretrain(arguments: argparse.Namespace, config: Config, output: Path, display: Display) -> int:

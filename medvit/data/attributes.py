@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from medvit.data.identity import normalise
 from medvit.records import PREDICTION_COLUMNS, ScanHeader
 
 NAMING = re.compile(
-    r"(patients?|birth|family|last|sur|first|given|middle|maiden|full|referring\w*)?names?|\w*birth(date|day|time)?|dob"
-    r"|dateofbirth|accession\w*|(other)?patientids?|mrn|ssn|nhs\w*|\w*address|\w*phone\w*|e?mail|insurance\w*"
+    r"(patients?|birth|family|last|sur|first|given|middle|maiden|full|referring\w*)?names?"
+    r"|(patients?)?((date|day|time)ofbirth|birth(date|day|time)|dob)|accession(number|no)?|(other)?patientids?"
+    r"|mrn|ssn|(nhs|insurance|socialsecurity)(number|no|id)|(patients?|home|postal|street)?address"
+    r"|(patients?|tele|mobile|cell)?phone(number|no)?|(patients?)?e?mail"
 )
 """What a column is called, letters and digits alone, that says who somebody is."""
 
@@ -40,8 +42,8 @@ def choose_attributes(columns: Iterable[str], rows: Iterable[tuple[Mapping[str, 
 
     Args:
         columns: as written.
-        rows: each with the header of the scan that it means; a column that repeats whose it is, in every second cell
-            or more, is left out. A count may happen to be a patient's number.
+        rows: each with the header of the scan that it means; a column that repeats whose it is, in two cells or more
+            and in every second one, is left out. A count may happen to be a patient's number.
     """
     columns, given, same = list(columns), Counter[str](), Counter[str]()
     for row, header in rows:
@@ -49,12 +51,16 @@ def choose_attributes(columns: Iterable[str], rows: Iterable[tuple[Mapping[str, 
         cells = {column: normalise(row[column]) for column in columns if normalise(row[column])}
         given.update(cells.keys())
         same.update(column for column, cell in cells.items() if cell in known)
-    repeating = {column for column, count in same.items() if 2 * count >= given[column]}
+    repeating = {column for column, count in same.items() if count > 1 and 2 * count >= given[column]}
     naming = repeating | {column for column in columns if NAMING.fullmatch(normalise(column))}
-    kept = {column: _beside_ours(column) for column in columns if column not in naming}
+    kept = {column: _beside_ours(column, columns) for column in columns if column not in naming}
     return Attributes(kept, tuple(column for column in columns if column in naming))
 
 
-def _beside_ours(column: str) -> str:
-    ours = column.lower() in PREDICTION_COLUMNS or column.lower().startswith("p_")
-    return f"{column}_in_table" if ours else column
+def _beside_ours(column: str, columns: Sequence[str]) -> str:
+    if not (column.lower() in PREDICTION_COLUMNS or column.lower().startswith("p_")):
+        return column
+    name = f"table_{column}"
+    while name in columns:
+        name += "_"
+    return name

@@ -175,8 +175,10 @@ def everything(inventory: Inventory, labelled: Manifest | None = None) -> Manife
     cases, others = unlabelled_cases(inventory)
     if not cases:
         raise UsageError(f"{inventory.root}: no usable CT found. Run medvit-inspect on it to see what was set aside.")
+    used = {case.files[0] for case in cases}
+    nameless = sum(not s.header.patient_id for s in inventory.series if s.usable and s.files[0] in used)
     if labelled is None:
-        return Manifest(cases, (), "study", not_selected=others)
+        return Manifest(cases, (), "study", without_patient=nameless, not_selected=others)
     named = {name for case in labelled.cases for name in case.files}
     rest = tuple(case for case in cases if named.isdisjoint(case.files))
     return replace(labelled, cases=(*labelled.cases, *rest), without_row=0)

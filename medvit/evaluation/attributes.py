@@ -48,7 +48,7 @@ def with_attributes(frame: pd.DataFrame, settings: EvaluationConfig) -> tuple[pd
     wanted = list(dict.fromkeys([*STANDARD, *groups])) if settings.attributes is None else list(settings.attributes)
     notes += [f"No column `{name}`: no comparison by it." for name in wanted if name not in frame]
     chosen = [name for name in wanted if name in frame]
-    for name in chosen:
+    for name in (name for name in STANDARD if name in chosen):
         if frame[name].nunique() > MOST_GROUPS:
             notes.append(_pool(name, frame, refused))
     pairs = [pair for pair in settings.crossings if all(_several(frame, name) for name in pair)]

@@ -26,6 +26,9 @@ SUM_TOLERANCE = 0.01
 REFUSED = str(ReasonCode.NOT_FOR_MODEL)
 """In `flags` of a row without probabilities: a case that the model would not judge."""
 
+NOTHING = ("", "na", "n/a", "none", "null", "-")
+"""How people write that there is no number."""
+
 NUMBERED = "row "
 """Begins a case_id or patient_id that no table gave: it says nothing about other tables."""
 
@@ -77,13 +80,14 @@ def read_predictions(path: str | Path) -> pd.DataFrame:
     name = Path(path).name
     try:
         with Path(path).open(encoding="utf-8-sig", newline="") as stream:
-            (header, *rows) = (row for row in csv.reader(stream, strict=True) if any(row))
+            (header, *rows) = (row for row in csv.reader(stream) if any(row))
     except (OSError, UnicodeDecodeError, ValueError, csv.Error) as error:
+        why = f"{type(error).__name__}: {error}" if isinstance(error, csv.Error) else type(error).__name__
         raise UsageError(
-            f"{name}: not readable as a CSV ({type(error).__name__}). Give a comma-separated UTF-8 table with header."
+            f"{name}: not readable as a CSV ({why}). Give a comma-separated UTF-8 table with header."
         ) from None
     wide = [number for number, row in enumerate(rows, 1) if any(cell.strip() for cell in row[len(header) :])]
-    if wide:  # taken as they stand, every column would be another's
+    if wide and (len(header) > 1 or ";" not in header[0]):  # taken as they stand, every column would be another's
         raise UsageError(
             f"{name}: {len(wide)} rows have more cells than the header, first data row {wide[0]}. Put quotes around "
             "commas, or name every column."
@@ -106,7 +110,10 @@ def check_predictions(frame: pd.DataFrame, name: str = "predictions") -> pd.Data
     """
     notes = list(frame.attrs.get("notes", ()))
     frame = frame.rename(columns=lambda column: str(column).strip())
-    if twice := sorted(set(frame.columns[frame.columns.duplicated()]) - {""}):
+    if nameless := int((frame.columns == "").sum()):  # an index, or what a spreadsheet leaves at the end
+        frame = frame.loc[:, frame.columns != ""]
+        notes.append(f"{nameless} columns have no name and were left out.")
+    if twice := sorted(set(frame.columns[frame.columns.duplicated()])):
         raise UsageError(f"{name}: columns {', '.join(twice)} are there twice. Keep one of each.")
     for column in frame.columns:
         if not column.startswith("p_") and column not in NUMBERS:
@@ -195,8 +202,8 @@ def _check_probabilities(frame: pd.DataFrame, name: str) -> pd.DataFrame:
 def _read_numbers(frame: pd.DataFrame, column: str, name: str) -> list[str]:
     """Make a column numbers, NaN where empty; what is no number decides nothing, so that a threshold must be one."""
     numbers = pd.to_numeric(frame[column], errors="coerce").astype(np.float64)
-    strange = np.isnan(numbers) & (frame[column].map(read_cell) != "")
-    if strange.any() and column == "threshold":
+    strange = np.isnan(numbers) & ~frame[column].map(read_cell).str.lower().isin(NOTHING)
+    if strange.any() and column == "threshold" and len(class_names(frame)) == 2:
         raise UsageError(
             f"{name}: `threshold` has {frame[column][strange].iloc[0]!r}, which is no number (decimal point?), in "
             f"{strange.sum()} rows. Correct it, or leave it empty."

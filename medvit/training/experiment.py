@@ -110,6 +110,7 @@ class Experiment(Runner):
 
     def run(self, folds: Sequence[Fold]) -> Result:
         """Train, predict held-out cases, write the bundle."""
+        self.check(folds)
         done = []
         for number, fold in enumerate(folds):
             done.append(self.run_fold(fold, number))
@@ -142,13 +143,14 @@ class Experiment(Runner):
     def run_fold(self, fold: Fold, number: int) -> FoldResult:
         """Train one fold: its validation cases choose epoch, temperature and threshold, its test is predicted once."""
         name = f"fold {number + 1}" if self.config.data.folds else "training"
-        test, refused = self._asked(fold, number)
+        val, test = (self._asked(fold, side) for side in (fold.val, fold.test))
+        refused = [Refused(self.cases[index], number) for index in np.setdiff1d(fold.test, test)]
         model, history = self.fit_fold(fold, self.folder / "checkpoints" / f"fold{number}", name)
         model = model.with_views(self.config.inference.tta)  # epochs were chosen without
         model = self._knowing(model, np.concatenate([fold.train, fold.target]))
-        validation, outputs = (self.material.outputs(model, chosen) for chosen in (fold.val, test))
-        model = self._sampled(model, fold.val, np.stack([output.pooled for _, output in validation]))
-        as_it_is, model = model, self._decided(model, self.material.described(model, fold.val, validation))
+        validation, outputs = (self.material.outputs(model, chosen) for chosen in (val, test))
+        model = self._sampled(model, val, np.stack([output.pooled for _, output in validation]))
+        as_it_is, model = model, self._decided(model, self.material.described(model, val, validation))
         raw, predictions = (
             [replace(prediction, fold=number) for prediction in self.material.described(one, test, outputs)]
             for one in (as_it_is, model)
@@ -186,27 +188,33 @@ class Experiment(Runner):
         validation = Validation(lambda: self._validate(model, fold), fold.val)
         return model, self._fit(objective, dataset, validation, folder, name, watch=watch)
 
-    def _asked(self, fold: Fold, number: int) -> tuple[Indices, list[Refused]]:
-        """Which test cases the model of a fold may be asked about, and which it will refuse (`Model.refuse`).
+    def check(self, folds: Sequence[Fold]) -> None:
+        """Refuse folds whose models would refuse what they are judged or decided by, before anything is trained.
 
         Raises:
-            UsageError: it will refuse all.
+            UsageError: a class would be missing on the validation side, or all test cases.
         """
+        for number, fold in enumerate(folds):
+            for side, chosen in (("validation", fold.val), ("test", fold.test)):
+                asked, labels = self._asked(fold, chosen), self.material.labels
+                lost = set(labels[chosen]) - set(labels[asked]) if side == "validation" else not len(asked)
+                if len(chosen) and lost:
+                    raise UsageError(
+                        f"fold {number + 1}: the model will refuse {len(chosen) - len(asked)} of {len(chosen)} {side} "
+                        "cases, among them all of a class: no training scan is like them in what inference.refuse "
+                        f"names ({', '.join(self.config.inference.refuse)}). Split so that there are some, or set "
+                        "inference.refuse=[]."
+                    )
+
+    def _asked(self, fold: Fold, chosen: Indices) -> Indices:
+        """Which of the chosen cases the model of a fold may be asked about; it will refuse others (`Model.refuse`)."""
         known = training_range([self.cases[index] for index in (*fold.train, *fold.target)])
-        unlike = np.array(
-            [
-                not set(known.outside(self.cases[index].acquisition)).isdisjoint(self.config.inference.refuse)
-                for index in fold.test
-            ],
-            bool,
-        )
-        if len(unlike) and unlike.all():
-            raise UsageError(
-                f"fold {number + 1}: the model will refuse all {len(unlike)} test cases: no training scan is like them "
-                f"in what inference.refuse names ({', '.join(self.config.inference.refuse)}). Split so that there are "
-                "some, or set inference.refuse=[]."
-            )
-        return fold.test[~unlike], [Refused(self.cases[index], number) for index in fold.test[unlike]]
+        unlike = [
+            not set(known.outside(self.cases[index].acquisition)).isdisjoint(self.config.inference.refuse)
+            for index in chosen
+        ]
+        asked: Indices = chosen[~np.array(unlike, bool)]
+        return asked
 
     def refit(self, epochs: int) -> Model:
         """Train on all cases for a given number of epochs, without validation."""

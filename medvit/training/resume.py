@@ -35,7 +35,8 @@ def identity(
 
     Args:
         config: of the training.
-        objective: untrained: a frozen backbone is in no checkpoint, and other weights may stand under its name now.
+        objective: untrained: a backbone that no stage trains is in no checkpoint, and other weights may stand under
+            its name now.
         dataset: training cases.
         validation: cases that choose the epoch, with their labels.
         processes: that share the batches.
@@ -47,9 +48,14 @@ def identity(
         "processes": processes,
         "cases": _digest(cases, labels, domains, strata),
         "validation": _digest([(case.case_id, case.label, case.codes) for case in validation]),
-        "weights": digest_of(objective),
+        "weights": "" if trains_backbone(config) else digest_of(objective.classifier.backbone),
         **config.model_dump(mode="json"),
     }
+
+
+def trains_backbone(config: TrainingConfig) -> bool:
+    """Whether any stage does; else checkpoints are without it."""
+    return any(stage.trainable != "head" for stage in config.stages)
 
 
 def digest_of(module: nn.Module) -> str:
@@ -181,7 +187,7 @@ class Recovery:
     def _weights(self) -> dict[str, Tensor]:
         """What training can change: a backbone that no stage trains is not written again every time."""
         state = self.objective.state_dict()
-        if any(stage.trainable != "head" for stage in self.config.stages):
+        if trains_backbone(self.config):
             return state
         return {name: value for name, value in state.items() if not name.startswith(BACKBONE)}
 

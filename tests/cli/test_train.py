@@ -336,16 +336,18 @@ def test_one_source_and_one_target_can_be_tried_dry(site, tmp_path, capfd):
 
 def test_a_second_label_column_is_not_what_is_judged(site, tmp_path, capfd):
     """It was predictions.csv's: the report judged the wrong label, and nobody was told."""
-    arguments = rewritten(
-        site, tmp_path / "labels.csv", lambda row: {**row, "finding": row["label"], "label": str(1 - int(row["label"]))}
-    )
+
+    def with_a_second(row):
+        return {**row, "finding": row["label"], "label": str(1 - int(row["label"])), "p_stage": "7"}
+
+    arguments = rewritten(site, tmp_path / "labels.csv", with_a_second)
     run = tmp_path / "run"
     assert train.main([*arguments, "--label-column", "finding", "--output", str(run)]) == 3
     told = {row["case_id"]: row["label"] for row in rows(run / "cases.csv")}
     predicted = rows(run / "predictions.csv")
     assert all(row["label"] == told[row["case_id"]] for row in predicted)
-    assert all(row["label_in_table"] == str(1 - int(row["label"])) for row in predicted)
-    assert "column label is called label_in_table" in capfd.readouterr().err
+    assert all(row["table_label"] == str(1 - int(row["label"])) for row in predicted)
+    assert "column label is called table_label" in capfd.readouterr().err
 
 
 def test_patients_who_taught_the_weights_do_not_judge(trained, train_tiny, tmp_path, capsys):

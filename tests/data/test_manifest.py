@@ -336,25 +336,29 @@ def test_what_pandas_writes_for_nothing_is_no_label_and_no_age(hospital, nothing
 
 def test_columns_that_predictions_have_too_go_along_under_another_name(hospital):
     """Else the report would judge the second label, or a reader's call in place of the model's."""
-    text = "patient_id,finding,label,Fold,p_mean,age_band\nMueller-0815,yes,no,7,0.3,old\nSchmidt-4711,no,yes,8,0.4,x\n"
+    text = (
+        "patient_id,finding,label,Fold,p_mean,age_band,table_label\n"
+        "Mueller-0815,yes,no,7,0.3,old,z\nSchmidt-4711,no,yes,8,0.4,x,y\n"
+    )
     manifest = manifest_of(hospital, text, label_column="finding")
     one = next(case for case in manifest.cases if case.label == "yes")
-    expected = {"label_in_table": "no", "Fold_in_table": "7", "p_mean_in_table": "0.3", "age_band_in_table": "old"}
-    assert dict(one.attributes) == expected
+    expected = {"table_label_": "no", "table_Fold": "7", "table_p_mean": "0.3", "table_age_band": "old"}
+    assert dict(one.attributes) == expected | {"table_label": "z"}
     assert set(manifest.attributes.renamed) == {"label", "Fold", "p_mean", "age_band"}
 
 
 def test_what_names_people_stays_out_whatever_it_is_called(hospital):
     """By name (as an information system exports it), or because it repeats what the header says."""
-    columns = "PatientName,Birth Date,AccessionNumber,Surname,who,born,nodules"
+    columns = "PatientName,Birth Date,AccessionNumber,Surname,who,born,nodules,insurance,country_of_birth,nhs_trust"
     text = (
         f"patient_id,label,{columns}\n"
-        "Mueller-0815,yes,Doe^Ann,1970-05-03,A1,Doe,MUELLER ANNA,19600102,2\n"
-        "Schmidt-4711,no,Doe^Bob,1971-05-03,A2,Doe,Mueller^Anna,1960-01-02,4711\n"
+        "Mueller-0815,yes,Doe^Ann,1970-05-03,A1,Doe,MUELLER ANNA,19600102,2,public,FR,North\n"
+        "Schmidt-4711,no,Doe^Bob,1971-05-03,A2,Doe,Mueller^Anna,1960-01-02,Schmidt-4711,private,DE,South\n"
     )
     manifest = manifest_of(hospital, text)
-    assert {name for case in manifest.cases for name in case.attributes} == {"nodules"}
-    assert manifest.attributes.left_out == tuple(columns.split(",")[:-1])
+    kept = {name for case in manifest.cases for name in case.attributes}
+    assert kept == {"nodules", "insurance", "country_of_birth", "nhs_trust"}  # one cell may be a number by chance
+    assert manifest.attributes.left_out == tuple(columns.split(",")[:6])
 
 
 def test_cases_that_no_patient_id_names_are_counted(tmp_path):

@@ -109,6 +109,22 @@ def test_a_comma_at_the_end_of_rows_moves_no_column(tmp_path):
     assert frame["label"].tolist() == ["1", "0"]
 
 
+def test_columns_without_a_name_are_left_out(tmp_path):
+    frame = read(tmp_path, ",label,p_0,p_1,,\n0,0,0.5,0.5,x,\n1,1,0.5,0.5,,\n")
+    assert "" not in frame.columns
+    assert any("3 columns have no name" in note for note in frame.attrs["notes"])
+
+
+def test_semicolons_with_decimal_commas_are_seen_as_such(tmp_path):
+    with pytest.raises(UsageError, match="Use commas"):
+        read(tmp_path, "label;p_0;p_1\n0;0,9;0,1\n")
+
+
+@pytest.mark.parametrize("nothing", ["NA", "-", "None", ""])
+def test_a_threshold_that_is_not_given_may_be_written_in_many_ways(tmp_path, nothing):
+    assert read(tmp_path, f"label,p_0,p_1,threshold\n0,0.5,0.5,{nothing}\n")["threshold"].isna().all()
+
+
 def test_ages_that_are_no_numbers_are_counted(tmp_path):
     frame = read(tmp_path, "label,p_0,p_1,age\n0,0.5,0.5,045Y\n1,0.5,0.5,45\n1,0.5,0.5,\n")
     assert frame["age"].isna().tolist() == [True, False, True]

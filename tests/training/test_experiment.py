@@ -477,8 +477,17 @@ def test_a_case_that_deployment_would_refuse_has_no_score_out_of_fold(root, tmp_
     result = experiment.run_fold(FOLDS[0], 3)
     assert [prediction.case_id for prediction in result.predictions] == [experiment.cases[i].case_id for i in others]
     assert [(one.case.case_id, one.fold) for one in result.refused] == [(experiment.cases[first].case_id, 3)]
-    with pytest.raises(UsageError, match=r"will refuse all .* test cases"):
-        scanned(experiment, "HEAD", FOLDS[0].test).run_fold(FOLDS[0], 0)
+    experiment.check(FOLDS)
+
+
+@pytest.mark.parametrize("side", ["val", "test"])
+def test_folds_that_leave_nothing_to_judge_are_refused_before_training(side, root, tmp_path):
+    """A single validation case of its class decides the threshold, and will get no score: no training has begun."""
+    where = getattr(FOLDS[1], side)
+    experiment = scanned(make(root, tmp_path, mode="frozen"), "HEAD", where[:1] if side == "val" else where)
+    with pytest.raises(UsageError, match=rf"the model will refuse \d of \d {side if side == 'test' else 'validation'}"):
+        experiment.run(FOLDS)
+    assert not (tmp_path / "checkpoints").exists()
 
 
 def test_what_a_case_is_compared_with_was_learned_from(root, tmp_path, monkeypatch):
