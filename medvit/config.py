@@ -115,7 +115,7 @@ class ModelConfig(_Section):
         "low-rank change of its attention; synqt: a small network beside it",
     )
     lora_rank: int = Field(8, gt=0, description="with tuning=lora")
-    prompts: int = Field(4, gt=0, description="with tuning=synqt: queries at each block, memory against accuracy")
+    prompts: int = Field(1, gt=0, description="with tuning=synqt: queries at each block, memory against accuracy")
 
     @property
     def learns(self) -> bool:
