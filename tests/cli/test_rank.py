@@ -54,13 +54,14 @@ def test_who_will_judge_does_not_choose(weights, rank_tiny):
     assert json.loads(out)["cases"] == 16
 
 
-def test_a_run_is_not_ranked_by_the_labels_that_it_has_learned(trained, rank_tiny):
+def test_a_run_is_not_ranked_by_the_labels_that_it_has_learned(trained, weights, rank_tiny):
     code, _, err = rank_tiny("--weights", str(trained))
     assert code == 4
     assert "LEAKAGE" in err
     sites = "data.holdout_sites=[Harbour Hospital,Hill University,North Clinic]"
-    code, _, err = rank_tiny("--weights", "hub", sites)
+    code, _, err = rank_tiny("--weights", str(weights / "good.safetensors"), sites)
     assert code == 2
+    assert "0 labelled cases are left to rank by" in err
 
 
 def test_ranking_holds_all_candidates_once_best_probe_first(weights, rank_tiny, site, tmp_path):
