@@ -10,11 +10,12 @@ NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
 
 SHORT = {
     "LEARN, ADAPT = 14, 42": "LEARN, ADAPT = 1, 2",
-    "make_patients(360, 3,": "make_patients(90, 3,",
-    '"training.stages.0.epochs=6"': '"training.stages.0.epochs=2", "evaluation.robustness.minutes=0.1"',
+    "make_patients(360, 3,": "make_patients(60, 3,",
+    '"training.stages.0.epochs=6"': '"training.stages.0.epochs=2", "evaluation.robustness.minutes=0.05", "evaluation.attention.cases=6"',
     "PRETRAIN = 40": "PRETRAIN = 2",
     "TUNE = 50": "TUNE = 2",
-    "make_patients(240, 5)": "make_patients(100, 5)",
+    "make_patients(240, 5)": "make_patients(60, 5)",
+    'name="vit_base_patch16_224"': 'name="vit_small_patch16_224"',
 }
 """What takes a notebook long -> what shows no more than that it runs."""
 
