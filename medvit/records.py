@@ -429,10 +429,9 @@ class Case:
     attributes: Mapping[str, str] = field(default_factory=dict)
 
 
-PREDICTION_COLUMNS = (
-    *("case_id", "patient_id", "label", "predicted", "site", "sex", "age", "fold", "threshold", "study_uid"),
-    *("series_uid", "flags", "spread", "ood_score", "model_sha256", "age_band"),
-)
+IDENTIFIERS = ("case_id", "patient_id", "label", "predicted", "site", "sex", "age")
+OPTIONAL = ("fold", "threshold", "study_uid", "series_uid", "flags", "spread", "ood_score", "model_sha256")
+PREDICTION_COLUMNS = (*IDENTIFIERS, *OPTIONAL, "age_band")
 """Of predictions.csv beside those of classes (`p_*`), and what reports derive: no attribute may have such a name."""
 
 

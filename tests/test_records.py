@@ -7,6 +7,7 @@ import pytest
 from pydantic import ValidationError
 
 from medvit.records import (
+    PREDICTION_COLUMNS,
     REASONS,
     WINDOWS,
     Outcome,
@@ -143,3 +144,8 @@ def test_row_has_the_columns_of_predictions_csv_in_order():
         "ood_score"
     )
     assert list(row) == [*expected.split(), "model_sha256"]
+
+
+def test_every_column_of_a_prediction_is_reserved():
+    row = Prediction(case_id="c", patient_id="p", probabilities={"no": 0.5, "yes": 0.5}).to_row()
+    assert {name for name in row if not name.startswith("p_")} == set(PREDICTION_COLUMNS) - {"age_band"}

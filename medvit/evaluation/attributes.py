@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 
 from medvit.config import EvaluationConfig
-from medvit.evaluation.predictions import IDENTIFIERS, OPTIONAL
+from medvit.records import IDENTIFIERS, OPTIONAL
 
 STANDARD = ("site", "sex", "age_band")
 AGE_EDGES = (0, 18, 40, 60, 80, 131)

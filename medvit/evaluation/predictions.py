@@ -17,8 +17,6 @@ import pandas as pd
 from medvit.evaluation.metrics import Bools, Floats
 from medvit.records import ReasonCode, UsageError
 
-IDENTIFIERS = ("case_id", "patient_id", "label", "predicted", "site", "sex", "age")
-OPTIONAL = ("fold", "threshold", "study_uid", "series_uid", "flags", "spread", "ood_score", "model_sha256")
 NUMBERS = ("age", "threshold", "spread", "ood_score")
 SUM_TOLERANCE = 0.01
 """Probabilities may miss a sum of 1 by this much: people round to two decimals."""

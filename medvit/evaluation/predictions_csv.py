@@ -16,9 +16,9 @@ from typing import Any
 
 import pandas as pd
 
-from medvit.evaluation.predictions import FORMULA_STARTS, OPTIONAL, read_cell
+from medvit.evaluation.predictions import FORMULA_STARTS, read_cell
 from medvit.io.disk import write_pieces
-from medvit.records import Prediction
+from medvit.records import OPTIONAL, Prediction
 
 Row = Mapping[Any, Any]
 """Column -> value."""

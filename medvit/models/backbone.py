@@ -59,6 +59,11 @@ class Backbone(nn.Module):
         return _patch(self.model)
 
     @property
+    def has_batch_norm(self) -> bool:
+        """Whether it keeps running statistics of its batches."""
+        return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in self.model.modules())
+
+    @property
     def grid(self) -> tuple[int, int]:
         """Rows and columns of patches, in the order of the tokens after the prefix."""
         rows, columns = self.model.patch_embed.grid_size
@@ -156,7 +161,7 @@ class Backbone(nn.Module):
         Raises:
             UsageError: timm has none for this model, or BatchNorm would count each batch twice.
         """
-        if on and any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in self.model.modules()):
+        if on and self.has_batch_norm:
             raise UsageError(
                 f"training.gradient_checkpointing: {type(self.model).__name__} has BatchNorm, whose running statistics "
                 "would count each batch twice. Turn it off, or use a ViT."

@@ -60,7 +60,7 @@ def slow_backbone(backbone: Backbone) -> Backbone:
     Raises:
         UsageError: a model with running statistics, which a copy that rests never gathers.
     """
-    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in backbone.modules()):
+    if backbone.has_batch_norm:
         raise UsageError(
             f"model.name: {type(backbone.model).__name__} has BatchNorm, and the slow copy of objective.name mocov3 "
             "and dino would never know its statistics. Use a ViT, or objective.name=simclr."
