@@ -34,8 +34,9 @@ def test_report_of_a_run(trained, tmp_path, capsys):
     assert own == again
 
 
-def test_model_on_another_labelled_folder(trained, export, tmp_path):
-    arguments = [str(trained), str(export.folder), "--labels", str(export.labels), "--output", str(tmp_path / "report")]
+def test_a_bundle_alone_on_another_labelled_folder(trained, export, tmp_path):
+    model = shutil.copytree(trained / "bundle", tmp_path / "model")
+    arguments = [str(model), str(export.folder), "--labels", str(export.labels), "--output", str(tmp_path / "report")]
     assert evaluate.main(arguments) == 3
     assert (tmp_path / "report" / "predictions.csv").is_file()
     assert not list((tmp_path / "report").glob(".cache-*"))
@@ -43,6 +44,7 @@ def test_model_on_another_labelled_folder(trained, export, tmp_path):
     assert numbers["latency"]["cases"] == 4
     assert {"explanation", "robustness"} <= set(numbers)
     assert numbers["robustness"]["available"] == 4
+    assert any("learned from these patients is not known: no cases.csv" in note for note in numbers["notes"])
 
 
 def test_patients_whom_the_model_has_learned_from_do_not_judge_it(trained, site, tmp_path, capsys):

@@ -125,8 +125,9 @@ FROZEN = ["training.stages.0.trainable=head", "training.stages.0.epochs=1", "dat
 
 
 @pytest.mark.parametrize("folder", [".", "bundle"])
-def test_its_weights_are_what_fine_tuning_starts_from(folder, backbone, train_tiny, tmp_path):
+def test_its_weights_are_what_fine_tuning_starts_from(folder, backbone, train_tiny, tmp_path, capfd):
     assert train_tiny(tmp_path / "run", f"model.weights={backbone / folder}", *FROZEN) == 3
+    assert "patients who judge were in the pretraining, without labels" in capfd.readouterr().err
     learned, started = (load_file(run / "bundle" / "model.safetensors") for run in (tmp_path / "run", backbone))
     of_backbone = [name for name in started if name.startswith("backbone.")]
     assert len(of_backbone) > 20

@@ -201,6 +201,7 @@ WRONG_SETTINGS = {
     "no config": (["--config", "nowhere.yaml"], "no such file"),
     "unknown model": (["model.name=vit_nonsense"], "timm cannot build"),
     "size": (["preprocessing.size=30"], "no multiple"),
+    "two splits": (["data.folds=3", "data.holdout_sites=[Hill University]"], "leave out data.folds"),
 }
 
 
@@ -355,6 +356,12 @@ def test_patients_who_taught_the_weights_do_not_judge(trained, train_tiny, tmp_p
     assert train_tiny(tmp_path / "one", *taught, "data.folds=3") == 4
     assert "LEAKAGE" in capsys.readouterr().err
     assert train_tiny(tmp_path / "two", *taught, "preprocessing.mean=[0.5,0.5,0.5]", "--dry-run") != 4  # the same split
+
+
+def test_weights_of_unknown_patients_are_told(trained, train_tiny, tmp_path, capfd):
+    shutil.copytree(trained / "bundle", tmp_path / "elsewhere")
+    assert train_tiny(tmp_path / "run", f"model.weights={tmp_path / 'elsewhere'}", "--dry-run") != 4
+    assert "has learned from these patients is not known: it has no cases.csv" in capfd.readouterr().err
 
 
 def test_two_processes_train_the_model_of_one(site, tmp_path):
