@@ -21,6 +21,7 @@ from medvit.cli.learned import KNOWN, shared
 from medvit.cli.looking import look_into, predict, refused_row
 from medvit.cli.study import Study, add_label_arguments, prepare, set_aside, show_study
 from medvit.config import EvaluationConfig, load_config
+from medvit.evaluation.pages import title
 from medvit.records import (
     EXIT_DONE,
     EXIT_QUARANTINE,
@@ -200,7 +201,7 @@ def show_report(report: evaluation.Report, further: evaluation.Further) -> None:
         lines.append(f"within fold  {report.auroc_within_folds}")
     lines += [f"sensitivity  {report.sensitivity}", f"specificity  {report.specificity}"]
     for table in report.fairness:
-        name = table.attribute.replace("_", " ")
+        name = title(table.attribute)
         for group in table.groups if table.attribute in DETAILED else ():
             lines.append(f"  {name} {group.name}: AUROC {group.auroc}, {group.patients} patients, {group.cases} cases")
         lines.append(

@@ -15,8 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
+from medvit.evaluation.pages import templates, title
 from medvit.evaluation.plain import without_nan
 from medvit.evaluation.report import Report
 from medvit.records import Case
@@ -153,7 +152,7 @@ def _warnings(report: Report) -> list[str]:
     elif report.auroc.low <= 0.5:
         found.append("AUROC may be no better than chance.")
     for table in report.fairness:
-        name = table.attribute.replace("_", " ")
+        name = title(table.attribute)
         if table.auroc_alone.low > 0.5:
             found.append(f"{name} alone predicts {table.positive} with AUROC {table.auroc_alone}: confounding.")
         if table.verdict == "not met":
@@ -164,13 +163,7 @@ def _warnings(report: Report) -> list[str]:
 
 
 def _markdown(card: Mapping[str, Any]) -> str:
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=False,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = templates(escape=False)
     environment.filters["interval"] = _interval
     environment.filters["cell"] = lambda text: str(text).replace("|", r"\|").replace("\n", " ")
     return environment.get_template("model_card.md.j2").render(card=card)

@@ -16,7 +16,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pandas as pd
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from medvit.config import EvaluationConfig
@@ -29,6 +28,7 @@ from medvit.evaluation.figures import auroc_within_folds, measure_figures
 from medvit.evaluation.forest import draw_groups
 from medvit.evaluation.further import Further, save_further
 from medvit.evaluation.metrics import Interval
+from medvit.evaluation.pages import templates, title
 from medvit.evaluation.physics import CORRUPTIONS
 from medvit.evaluation.plain import without_nan
 from medvit.evaluation.predictions import OneVsRest, check_predictions, class_names, one_vs_rest
@@ -187,11 +187,6 @@ def _summarise(
     return figure + (f" Equalized odds (tolerance {tolerance:.2f}): {'; '.join(parts)}." if parts else "")
 
 
-def title(attribute: str) -> str:
-    """Column name as words: "age_band" -> "age band"."""
-    return attribute.replace("_", " ")
-
-
 def pairs_of(table: FairnessTable) -> dict[tuple[str, str], dict[str, Interval]]:
     """First and second group -> figure -> difference."""
     found: dict[tuple[str, str], dict[str, Interval]] = {}
@@ -205,14 +200,7 @@ def _render(
 ) -> str:
     view = one_vs_rest(frame)
     bootstrap = PatientBootstrap(frame["patient_id"].to_numpy(), report.draws, report.confidence, report.seed)
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["title_of"] = title
+    environment = templates(escape=True)
     environment.filters["pairs_of"] = pairs_of
     environment.filters["base64"] = lambda data: base64.b64encode(data).decode()
     environment.tests["nan"] = math.isnan
