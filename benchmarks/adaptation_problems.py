@@ -24,7 +24,7 @@ import medvit.io
 from medvit.config import AugmentConfig, ModelConfig
 from medvit.data.intensity import apply_windows
 from medvit.data.pipelines import prediction_transform, prepare_slices
-from medvit.evaluation.metrics import auroc
+from medvit.evaluation.metrics import auroc, macro_auroc
 from medvit.io import phantom
 from medvit.models.backbone import normalisation
 from medvit.models.classifier import CtClassifier, build_classifier
@@ -46,8 +46,16 @@ PHANTOM_PX, PHANTOM_PATCH, PHANTOM_SLICES, PHANTOM_DRAWS = 64, 8, 4, 2
 PHANTOM_WINDOW = (-600.0, 1500.0)
 """The lung's: level and width, HU."""
 
-TARGET_SITE = replace(phantom.SITES[1], name="Quay Hospital", noise_hu=20.0, table_mm=10.0)
-"""Harbour Hospital's sharp kernel and drift, with little noise, which no labels undo, and a table 2 mm lower still."""
+TARGET_SITE = replace(phantom.SITES[2], name="Quay Hospital", hu_offset=180.0)
+"""Hill University's scanner, out of calibration."""
+
+PLACES = {
+    "right back": phantom.FINDING_MM,
+    "left back": (82.0, 28.0, 0.0),
+    "right front": (-86.0, -36.0, 0.0),
+    "left front": (92.0, -36.0, 0.0),
+}
+"""Where in the lungs the finding is, LPS mm: a class each, after the class of those who have none."""
 
 SMALL = {"depth": 4, "embed_dim": 64, "num_heads": 4}
 """The ViT that is trained from scratch."""
@@ -201,17 +209,33 @@ def _cases(values: Values, labels: Labels, sites: Labels) -> Cases:
 # ---- phantom --------------------------------------------------------------------------------------------------------
 
 
-def phantom_sites(seed: int, target_site: phantom.SitePhysics = TARGET_SITE) -> Problem:
-    """Two labelled sites of the phantom hospital and a third, other people for each seed."""
+def phantom_sites(seed: int) -> Problem:
+    """Where is the finding, if anywhere? Two labelled sites of the phantom hospital and a third, others each seed."""
     near = (phantom.SITES[0], phantom.SITES[2])
     counts = (2 * PHANTOM["patients_per_source_site"], PHANTOM["judged"] // 2, PHANTOM["target"], PHANTOM["judged"])
-    people = zip(counts, (near, near, (target_site,), (target_site,)), (0, 0, 2, 2), strict=True)
-    rendered = [
-        phantom_cases(phantom.make_patients(count, 4 * seed + number, sites=sites), sites, first)
-        for number, (count, sites, first) in enumerate(people)
-    ]
-    build = small_vit(PHANTOM_PX, PHANTOM_PATCH, 1, 2, "attention")
-    return Problem(*normalised(*rendered), 2, PHANTOM_DRAWS, PHANTOM_SLICES, build, auroc_of_last)
+    people = zip(counts, (near, near, (TARGET_SITE,), (TARGET_SITE,)), (0, 0, 2, 2), strict=True)
+    rendered = []
+    for number, (count, sites, first) in enumerate(people):
+        patients, labels = placed(phantom.make_patients(count, 4 * seed + number, sites=sites), 4 * seed + number)
+        rendered.append(replace(phantom_cases(patients, sites, first), labels=labels))
+    classes = 1 + len(PLACES)
+    build = small_vit(PHANTOM_PX, PHANTOM_PATCH, 1, classes, "mean")
+    return Problem(*normalised(*rendered), classes, PHANTOM_DRAWS, PHANTOM_SLICES, build, macro_auroc)
+
+
+def placed(
+    patients: tuple[phantom.PhantomPatient, ...], seed: int
+) -> tuple[tuple[phantom.PhantomPatient, ...], Labels]:
+    """As many patients without a finding as with one in each of `PLACES`, and their class index."""
+    rng = np.random.default_rng([seed, 5])
+    labels = rng.permutation(len(patients)) % (1 + len(PLACES))
+    anywhere = rng.integers(len(PLACES), size=len(patients))  # where those who have none have haze
+    found = []
+    for patient, label, other in zip(patients, labels, anywhere, strict=True):
+        jitter = np.subtract(patient.finding_mm, phantom.FINDING_MM)
+        x, y, z = np.add(list(PLACES.values())[label - 1 if label else other], jitter)
+        found.append(replace(patient, finding=bool(label), finding_mm=(float(x), float(y), float(z))))
+    return tuple(found), labels
 
 
 def phantom_cases(
