@@ -32,6 +32,9 @@ from medvit.training.state import History
 
 PARTS = 5
 
+COSTLY = 0.1
+"""Validation AUROC of the source sites that an adaptation does not lose unnoticed."""
+
 
 class Probe(NamedTuple):
     """`accuracy` is balanced over source and target: 0.5 is chance, 1 is told apart; `mmd` is the squared distance."""
@@ -90,6 +93,8 @@ class Adaptation(NamedTuple):
         oracle_epoch: which one; 0 where unknown.
         domain_probe: balanced accuracy of a fresh classifier of source and target features; 0.5 is chance.
         mmd: squared distance of the features.
+        lost: validation AUROC of the sources in the best epoch less that of the kept one. Where the opponent was too
+            strong, it took the classes along with the sites; this tells so without a label of the target.
     """
 
     source: float
@@ -98,6 +103,7 @@ class Adaptation(NamedTuple):
     oracle_epoch: int
     domain_probe: float
     mmd: float
+    lost: float
 
 
 def judged_at_target(material: Material, fold: Fold) -> npt.NDArray[np.bool_]:
@@ -127,7 +133,26 @@ def measure(
     at_source, at_target = (
         score(labels[side], probabilities[side]) if side.any() else math.nan for side in (~judged, judged)
     )
-    return Adaptation(at_source, at_target, known.get(best, math.nan), best, apart.accuracy, apart.mmd)
+    return Adaptation(
+        at_source, at_target, known.get(best, math.nan), best, apart.accuracy, apart.mmd, _lost_at_source(history)
+    )
+
+
+def _lost_at_source(history: History) -> float:
+    validated: dict[int, float] = {row["epoch"]: row["val_auroc"] for row in history.rows}
+    known = [value for value in validated.values() if not math.isnan(value)]
+    return max(known, default=math.nan) - validated[history.best_epoch]
+
+
+def told(found: Adaptation) -> str:
+    """In one line, for people."""
+    known = [
+        f"AUROC {figure:.2f} {where}"
+        for figure, where in ((found.target, "at the target"), (found.source, "at the sources"))
+        if not math.isnan(figure)
+    ]
+    apart = "" if math.isnan(found.domain_probe) else f"a fresh probe tells them apart with {found.domain_probe:.2f}, "
+    return ", ".join(known or ["no labelled target patient is judged"]) + f"; {apart}MMD {found.mmd:.3f}"
 
 
 def write(found: Adaptation, path: Path) -> None:

@@ -126,6 +126,7 @@ class Experiment(Runner):
                     self.material, model, fold, done[0].predictions, histories[0], score=self.judge.score
                 )
                 adaptation.write(found, self.folder / "adaptation.json")
+                self._tell(found)
         else:
             epochs = max(1, round(statistics.median(history.best_epoch for history in histories)))
             model = self.refit(epochs).with_views(self.config.inference.tta)
@@ -139,6 +140,14 @@ class Experiment(Runner):
             save_bundle(self.folder / "bundle", model.encoder.classifier, model.info, model.reference)
         processes.wait()
         return Result(judged, refused, self.folder / "bundle", histories)
+
+    def _tell(self, found: adaptation.Adaptation) -> None:
+        self.reporter.say(f"  target and sources: {adaptation.told(found)}")
+        if self.config.objective.adapts and found.lost > adaptation.COSTLY:
+            self.reporter.say(
+                f"  adaptation has cost the sources {found.lost:.2f} of their validation AUROC: a smaller "
+                "objective.strength may lose less (--sweep strength compares)"
+            )
 
     def run_fold(self, fold: Fold, number: int) -> FoldResult:
         """Train one fold: its validation cases choose epoch, temperature and threshold, its test is predicted once."""

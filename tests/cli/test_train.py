@@ -250,7 +250,7 @@ def test_adaptation_tells_source_and_target_apart(train_tiny, tmp_path, capfd):
     run = tmp_path / "run"
     assert train_tiny(run, *TOWARDS_HARBOUR, "objective.name=dann") == 3
     found = json.loads((run / "adaptation.json").read_text())
-    assert {"source", "target", "oracle", "oracle_epoch", "domain_probe", "mmd"} == set(found)
+    assert {"source", "target", "oracle", "oracle_epoch", "domain_probe", "mmd", "lost"} == set(found)
     cases = rows(run / "cases.csv")
     at_target = [row["split"] for row in cases if row["site"] == "Harbour Hospital"]
     assert set(at_target) == {"target", "test"}

@@ -13,6 +13,7 @@ from medvit.data.splits import Fold
 from medvit.records import UsageError
 from medvit.training.adaptation import information, probe
 from medvit.training.experiment import Experiment, Judge
+from medvit.training.material import Reporter
 from tests.training.test_experiment import CLASSES, LABELS, Recorder, cases_of, root  # noqa: F401  a fixture
 
 TOWARDS = Fold(np.array([0, 1, 2, 3]), np.array([4, 5]), np.array([6, 7]), np.array([8, 9]))
@@ -110,6 +111,18 @@ def test_source_target_and_oracle_are_told_apart(name, root, tmp_path):  # noqa:
     assert found["mmd"] is not None
     assert [row["val_oracle_auroc"] for row in result.histories[0].rows] == [0.9, 0.3]
     assert {p.case_id for p in result.predictions} == {"case6", "case7"}
+
+
+@pytest.mark.parametrize(("name", "costly"), [("dann", True), ("supervised", False)])
+def test_what_adaptation_costs_the_sources_is_told(name, costly, root, tmp_path):  # noqa: F811
+    """A domain head that is too strong takes the classes along with the sites, and validation sees it."""
+    recorder, said = Recorder((0.9, 0.9, 0.6, 0.3, 0.7)), []
+    experiment = towards(root, tmp_path, recorder, objective__name=name, training__select="last")
+    experiment.material.reporter = experiment.reporter = Reporter(say=said.append)
+    experiment.run([TOWARDS])
+    assert json.loads((tmp_path / "adaptation.json").read_text())["lost"] == pytest.approx(0.3)
+    assert any("AUROC 0.70 at the target" in line for line in said)
+    assert any("has cost the sources 0.30" in line for line in said) == costly
 
 
 def test_target_labels_do_not_reach_the_weights(root, tmp_path):  # noqa: F811
