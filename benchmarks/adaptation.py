@@ -64,6 +64,10 @@ SWEPT = (0.03, 0.1, 0.3, 1.0, 3.0)
 """Strengths of the sweep, on a seed that no table uses."""
 SWEEP_SEED = 1000
 
+DESIGNS = 4
+"""Designs of the phantom that were judged, three of which missed the goal (README.md): the more are tried, the more
+likely luck meets it, so the last is shown with an interval for four as well (Bonferroni)."""
+
 POWER = 2.8
 """Standard errors from zero of a difference that is found in four of five studies at the 5 % level."""
 
@@ -241,12 +245,14 @@ def judge_phantom(rows: Rows) -> tuple[list[Goal], dict[str, Any]]:
     told = {problem: show(rows, problem, "AUROC", 1)}
     source, dann, oracle = (np.array(column(rows, problem, name, "target")) for name in ("source", "dann", "oracle"))
     gap, beyond = t_interval(oracle - source), t_interval(dann - (source + oracle) / 2)
+    wary = t_interval(dann - (source + oracle) / 2, 1 - 0.05 / DESIGNS)
     print(f"oracle less source only {text(gap, signed=True)}; DANN less their mean {text(beyond, signed=True)}")
+    print(f"at {1 - 0.05 / DESIGNS:.2%}, for the {DESIGNS} designs that were tried: {text(wary, signed=True)}")
     goals = [
         Goal("phantom: oracle less source only, AUROC", gap.point, 0.15, at_least=True),
         Goal("phantom: DANN less the mean of source only and oracle, AUROC, lower end", beyond.low, 0),
     ]
-    return goals, told | {"gap": asdict(gap), "beyond_half": asdict(beyond)}
+    return goals, told | {"gap": asdict(gap), "beyond_half": asdict(beyond), "of_designs": asdict(wary)}
 
 
 def judge_ct(rows: Rows, shared: Path) -> tuple[list[Goal], dict[str, Any]]:
