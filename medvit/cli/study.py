@@ -145,7 +145,10 @@ def show_study(study: Study, folds: Sequence[data.Fold], display: Display) -> No
         )
     if manifest.attributes.left_out:
         columns = ", ".join(manifest.attributes.left_out)
-        say(f"  left out of all results, since they may name people: columns {columns}. Rename one that does not")
+        say(
+            f"  left out of all results, since they may name people, or have a value for each: columns {columns}. To "
+            "keep one that names nobody, rename it, or group its values"
+        )
     for column, name in manifest.attributes.renamed.items():
         say(f"  column {column} is called {name} in predictions and report, which have a column of that name")
     for why, count in Counter(other.detail.partition(" (")[0] for other in manifest.not_selected).items():

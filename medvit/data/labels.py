@@ -47,9 +47,12 @@ def read_labels(path: Path) -> Table:
     if len(numbered) < 2:
         raise UsageError(f"labels {path}: no rows below the header.")
     names = numbered.pop(next(iter(numbered)))
-    for name in names:
-        if name and names.count(name) > 1:
-            raise UsageError(f"labels {path}: column {name!r} is there twice. Keep one.")
+    seen: dict[str, str] = {}
+    for name in filter(None, names):
+        if other := seen.get(name.lower()):
+            spelt = "" if other == name else f" (also as {other!r}: capitals make no difference)"
+            raise UsageError(f"labels {path}: column {name!r} is there twice{spelt}. Keep one, or rename it.")
+        seen[name.lower()] = name
     for line, row in numbered.items():
         if any(row[len(names) :]):
             raise UsageError(f"labels {path}: line {line} has more cells than the header. Put quotes around commas.")
@@ -112,13 +115,26 @@ def class_order(labels: Iterable[str | None], label_column: str) -> tuple[str, .
     """Class names, numbers in their order and then text; for two the last is the positive one.
 
     Raises:
-        UsageError: fewer than two classes.
+        UsageError: fewer than two classes, or one that is spelt in two ways, such as Yes and yes or 1 and 1.0.
     """
     names = {label for label in labels if label is not None}
+    spelt: dict[tuple[int, float, str], str] = {}
+    for name in sorted(names):
+        if (other := spelt.setdefault(_same(name), name)) != name:
+            raise UsageError(
+                f"column {label_column!r}: {other!r} and {name!r} would be two classes. Write both alike, or so that "
+                "more than capitals and zeros tells them apart."
+            )
     if len(names) < 2:
         seen = f"only {names.pop()!r}" if names else "no label"
         raise UsageError(f"column {label_column!r}: saw {seen} on the matched cases; two classes or more are needed.")
     return tuple(sorted(names, key=_natural))
+
+
+def _same(name: str) -> tuple[int, float, str]:
+    """What all spellings of a class have in common."""
+    kind, number, text = _natural(name)
+    return kind, number, text.casefold() if kind else ""
 
 
 def _natural(name: str) -> tuple[int, float, str]:

@@ -25,11 +25,14 @@ from medvit.records import Case, ReasonCode, ScanHeader, UsageError
 FILE_KEYS = ("path", "sop_uid")
 """Keys that make each file a case of its own."""
 
+FINER = {"patient_id": "study_uid", "study_uid": "series_uid"}
+"""The key that tells apart what one value of another may hold several of."""
+
 RESERVED = {name for names in KEYS.values() for name in names} | {"site", "sex", "age", "split"}
 """Columns that mean something of their own, lower case."""
 
-MISSING = ("", "nan")
-"""A label that is none: pandas writes NaN where there was nothing."""
+MISSING = ("", "nan", "na", "n/a", "#n/a", "null")
+"""A label that is none, lower case: what pandas, R, Excel and databases write where there was nothing."""
 
 VOLUME_FAULTS = {
     ReasonCode.DUP_IDENTICAL,
@@ -222,8 +225,11 @@ def _match(table: Table, key: str, keyed_by: str, units: Iterable[_Unit], labels
     for line, row in table.items():
         for name in key_values(row[keyed_by], key, roots):
             if name in lines and row != table[lines[name]]:
+                finer = FINER.get(key)
+                instead = f", or, where each means another scan, key the table by {finer}" if finer else ""
                 raise UsageError(
-                    f"labels {labels}: lines {lines[name]} and {line} contradict each other on one {key}. Keep one."
+                    f"labels {labels}: lines {lines[name]} and {line} contradict each other on one {key}. Keep one"
+                    f"{instead}."
                 )
             lines.setdefault(name, line)
     return [(lines[unit.key(key)], unit) for unit in units if unit.key(key) in lines]

@@ -88,7 +88,7 @@ def test_contradicting_keys_stop_and_name_the_lines(hospital, column, wrong):
 
 
 def test_two_rows_that_contradict_each_other_are_named(hospital):
-    with pytest.raises(UsageError, match="lines 2 and 4"):
+    with pytest.raises(UsageError, match=r"lines 2 and 4.*key the table by study_uid"):
         manifest_of(hospital, "patient_id,label\nMueller-0815,yes\nSchmidt-4711,no\nMueller-0815,no\n")
 
 
@@ -104,9 +104,11 @@ def test_rows_without_scan_and_scans_without_row_are_both_listed(hospital):
     assert manifest.without_row == 2
 
 
-def test_empty_label_is_an_unlabelled_case(hospital):
+@pytest.mark.parametrize("nothing", ["", "NA", "#N/A", "NaN", "NULL"])
+def test_empty_label_is_an_unlabelled_case(nothing, hospital):
+    """As pandas, R, Excel and databases write it: a class of those whom nobody has read would be learned."""
     Ct(hu=SMALL, study=3, patient="Weber").write(hospital / "c")
-    manifest = manifest_of(hospital, "patient_id,label\nMueller-0815,yes\nSchmidt-4711,no\nWeber,\n")
+    manifest = manifest_of(hospital, f"patient_id,label\nMueller-0815,yes\nSchmidt-4711,no\nWeber,{nothing}\n")
     assert sorted(str(case.label) for case in manifest.cases) == ["None", "no", "yes"]
     assert manifest.classes == ("no", "yes")
 
@@ -122,6 +124,9 @@ BAD = [
     ("", "no rows"),
     ("patient_id,label\nMueller-0815,yes,no\nSchmidt-4711,no\n", "line 2 has more cells"),
     ("patient_id,label,label\nMueller-0815,yes,no\nSchmidt-4711,no,no\n", "twice"),
+    ("patient_id,Label,label\nMueller-0815,yes,no\nSchmidt-4711,no,no\n", "capitals make no difference"),
+    ("patient_id,label\nMueller-0815,Yes\nSchmidt-4711,yes\n", "'Yes' and 'yes' would be two classes"),
+    ("patient_id,label\nMueller-0815,1.0\nSchmidt-4711,1\n", "'1' and '1.0' would be two classes"),
 ]
 
 
@@ -359,6 +364,32 @@ def test_what_names_people_stays_out_whatever_it_is_called(hospital):
     kept = {name for case in manifest.cases for name in case.attributes}
     assert kept == {"nodules", "insurance", "country_of_birth", "nhs_trust"}  # one cell may be a number by chance
     assert manifest.attributes.left_out == tuple(columns.split(",")[:6])
+
+
+def test_what_names_people_stays_out_however_it_is_spelt(hospital):
+    """Names first or last, dates as a spreadsheet writes them, an id with something behind it, titles in German."""
+    columns = "who,born,number,Nachname,Geburtsdatum,Fall-Nr,date_of_scan,ward"
+    text = (
+        f"patient_id,label,{columns}\n"
+        'Mueller-0815,yes,"Anna Müller",02.01.1960,Mueller-0815/2024,Doe,x,17,01.03.2024,A\n'
+        "Schmidt-4711,no,Anna Mueller,1/2/1960,4711,Doe,x,18,02.03.2024,B\n"
+    )
+    manifest = manifest_of(hospital, text)
+    kept = {name for case in manifest.cases for name in case.attributes}
+    assert {"who", "born", "Nachname", "Geburtsdatum", "Fall-Nr"} <= set(manifest.attributes.left_out)
+    assert kept == {"number", "date_of_scan", "ward"}
+
+
+def test_words_and_long_numbers_that_nobody_shares_stay_out(tmp_path):
+    """In any language they name people; a measurement may be everybody's own."""
+    folder = tmp_path / "ct"
+    rows = ["patient_id,label,nimi,koodi,arvo,age_group"]
+    for number in range(12):
+        Ct(hu=SMALL, study=number + 1, patient=f"P{number}").write(folder / str(number))
+        rows.append(f"P{number},{number % 2},Virtanen {number},{3000017 + number * 7},{0.37 * number:.2f},{number % 3}")
+    manifest = manifest_of(folder, "\n".join(rows) + "\n")
+    assert manifest.attributes.left_out == ("nimi", "koodi")
+    assert set(manifest.attributes.kept) == {"arvo", "age_group"}
 
 
 def test_cases_that_no_patient_id_names_are_counted(tmp_path):
