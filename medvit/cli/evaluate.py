@@ -171,10 +171,10 @@ def unseen(run: Path, study: Study) -> tuple[list[Case], list[str]]:
         GateError: it has learned from all of them.
     """
     cases = [case for case in study.cases if case.label is not None]
-    seen, notes = shared(run, {case.patient_id for case in cases}, KNOWN), list[str]()
-    if seen is None:
-        notes.append("Whether the model has learned from these patients is not known: no cases.csv is beside it.")
-    elif seen:
+    (seen, unknown), notes = shared(run, cases, KNOWN), list[str]()
+    if unknown:
+        notes.append(f"Whether the model has learned from these patients is not known: {unknown}.")
+    if seen:
         left = [case for case in cases if case.patient_id not in seen]
         if not left:
             raise GateError(

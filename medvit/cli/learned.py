@@ -1,7 +1,8 @@
 """Whom a run has learned from: nobody among them may judge it, or what is made of it.
 
-RUN/cases.csv has every patient as a hash under the site's key, and on which side each stood. On another machine, with
-another key, hashes differ and nothing can be told.
+RUN/cases.csv has every case on the side where it stood, RUN/identities.csv all that names its patient: the hashes by
+which splits keep people together, under the site's key. On another machine, with another key, nothing can be told. A
+run that began with the weights of another has learned from the patients of both.
 """
 
 from __future__ import annotations
@@ -9,6 +10,12 @@ from __future__ import annotations
 import csv
 from collections.abc import Collection
 from pathlib import Path
+from typing import NamedTuple
+
+from medvit.config import load_config
+from medvit.data.identity import naming
+from medvit.data.pseudonym import pseudonym
+from medvit.records import Case
 
 TAUGHT = ("train",)
 """Sides of cases.csv whose labels a model with one split has learned."""
@@ -16,28 +23,82 @@ TAUGHT = ("train",)
 KNOWN = ("train", "val", "target")
 """Sides that it has learned from or was chosen by."""
 
+CASES, IDENTITIES, CONFIG = "cases.csv", "identities.csv", "config.yaml"
 
-def patients_of(run: Path, sides: Collection[str]) -> frozenset[str] | None:
-    """Patients (hashes) on some sides of a run; with folds everybody, for the bundle is a refit on all.
+
+class Learned(NamedTuple):
+    """`names`: all that names the people a run has learned from; `unknown`: why there may be more, or nothing."""
+
+    names: frozenset[str]
+    unknown: str = ""
+
+
+class Shared(NamedTuple):
+    """`patients`: who is among them; `unknown`: why others may be, or nothing."""
+
+    patients: frozenset[str]
+    unknown: str = ""
+
+
+def write_identities(folder: Path, cases: Collection[Case]) -> None:
+    """identities.csv of a run: case and hash, a row each; by the first, without a case, the key is known again."""
+    with (folder / IDENTITIES).open("w", encoding="utf-8", newline="") as stream:
+        writer = csv.writer(stream)
+        writer.writerows((("case_id", "named_by"), ("", _key())))
+        writer.writerows((case, name) for case, names in naming(cases).items() for name in sorted(names))
+
+
+def shared(run: Path, cases: Collection[Case], sides: Collection[str]) -> Shared:
+    """Which of the patients of some cases are on some sides of a run, or of one whose weights it began with.
 
     Args:
         run: folder of medvit-train, or the bundle in it.
+        cases: all that are asked about: what too many of them share names nobody.
         sides: `TAUGHT` or `KNOWN`.
-
-    Returns:
-        None where there is no cases.csv.
     """
+    learned, named = learned_from(run, sides), naming(cases)
+    patients = (case.patient_id for case in cases if not learned.names.isdisjoint(named[case.case_id]))
+    return Shared(frozenset(patients), learned.unknown)
+
+
+def learned_from(run: Path, sides: Collection[str]) -> Learned:
+    """Whom a run has learned from; with folds everybody, for the bundle is a refit on all."""
     folder = run.resolve().parent if run.resolve().name == "bundle" else run
-    path = folder / "cases.csv"
-    if not path.is_file():
-        return None
+    if not all((folder / name).is_file() for name in (CASES, IDENTITIES)):
+        return Learned(frozenset(), f"no {CASES} with {IDENTITIES} is beside it")
+    identities = _rows(folder / IDENTITIES)
+    if _key() not in {row["named_by"] for row in identities}:
+        return Learned(frozenset(), "it was made under another site key (MEDVIT_SITE_KEY)")
+    cases = _rows(folder / CASES)
+    folds = len({row["fold"] for row in cases} - {""}) > 1
+    chosen = {row["case_id"] for row in cases if folds or row["split"] in sides}
+    names = frozenset(row["named_by"] for row in identities if row["case_id"] in chosen)
+    before = _before(folder, sides)
+    return Learned(names | before.names, before.unknown)
+
+
+def run_of(weights: str) -> Path | None:
+    """The run or bundle that `model.weights` means, if it means one: a folder, or a file in a bundle."""
+    path = Path(weights)
+    folder = path.parent if path.is_file() and (path.parent / "bundle.json").is_file() else path
+    return folder if folder.is_dir() else None
+
+
+def _before(folder: Path, sides: Collection[str]) -> Learned:
+    """Of the run whose weights this one began with."""
+    config = folder / CONFIG
+    weights = load_config(config).model.weights if config.is_file() else "none"
+    if run := run_of(weights):
+        return learned_from(run, sides)
+    if weights in ("hub", "none") or Path(weights).is_file():
+        return Learned(frozenset())
+    return Learned(frozenset(), "the run or file whose weights it began with is gone")
+
+
+def _key() -> str:
+    return pseudonym("key", "")
+
+
+def _rows(path: Path) -> list[dict[str, str]]:
     with path.open(encoding="utf-8-sig", newline="") as stream:
-        rows = list(csv.DictReader(stream))
-    folds = len({row["fold"] for row in rows} - {""}) > 1
-    return frozenset(row["patient_id"] for row in rows if folds or row["split"] in sides)
-
-
-def shared(run: Path, patients: Collection[str], sides: Collection[str]) -> frozenset[str] | None:
-    """Which of some patients are on these sides of a run; None where that cannot be told."""
-    known = patients_of(run, sides)
-    return None if known is None else known & frozenset(patients)
+        return list(csv.DictReader(stream))

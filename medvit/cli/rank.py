@@ -19,7 +19,7 @@ from rich.table import Table
 
 from medvit import data, evaluation
 from medvit.cli.console import Display, Parser, command, tables
-from medvit.cli.learned import TAUGHT, shared
+from medvit.cli.learned import TAUGHT, run_of, shared
 from medvit.cli.study import add_label_arguments, prepare, set_aside, show_study
 from medvit.config import Config, DataConfig, load_config
 from medvit.models.bundle_info import read_info
@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
         study = prepare(arguments, cache_dir, config.preprocessing, display)
         show_study(study, [], display)
         cases = choosing(study.cases, config.data)
-        refuse_taught(candidates, cases)
+        refuse_taught(candidates, cases, display)
         if kept := sum(case.label is not None for case in study.cases) - len(cases):
             display.say(f"  {kept} labelled cases are kept for judging (split test, held-out and target sites)")
         sights = {}
@@ -97,7 +97,7 @@ def main(argv: list[str] | None = None) -> int:
     return EXIT_QUARANTINE if set_aside(study) else EXIT_DONE
 
 
-def refuse_taught(candidates: Sequence[evaluation.Candidate], cases: Sequence[Case]) -> None:
+def refuse_taught(candidates: Sequence[evaluation.Candidate], cases: Sequence[Case], display: Display) -> None:
     """Refuse to rank a run by the labels that it has learned.
 
     Raises:
@@ -109,11 +109,14 @@ def refuse_taught(candidates: Sequence[evaluation.Candidate], cases: Sequence[Ca
             f"{len(cases)} labelled cases are left to rank by, of fewer than two classes: the others are kept for "
             "judging (split test, data.holdout_sites, data.target_sites)."
         )
-    patients = {case.patient_id for case in cases}
-    for run in (Path(one.model.weights) for one in candidates):
-        if run.is_dir() and (seen := shared(run, patients, TAUGHT)) and read_info(run)[0].classes:
+    patients = len({case.patient_id for case in cases})
+    for run in filter(None, (run_of(one.model.weights) for one in candidates)):
+        seen, unknown = shared(run, cases, TAUGHT)
+        if unknown:
+            display.say(f"  whether {run} has learned from these patients is not known: {unknown}")
+        if seen and read_info(run)[0].classes:
             raise GateError(
-                f"{ReasonCode.LEAKAGE}: {run} has learned the labels of {len(seen)} of {len(patients)} patients, and "
+                f"{ReasonCode.LEAKAGE}: {run} has learned the labels of {len(seen)} of {patients} patients, and "
                 "would come first for it. Rank it by others."
             )
 

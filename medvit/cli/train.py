@@ -24,7 +24,7 @@ import medvit
 from medvit import data, evaluation, training
 from medvit.cli.console import Display, Parser, command
 from medvit.cli.evaluate import show_report
-from medvit.cli.learned import TAUGHT, shared
+from medvit.cli.learned import TAUGHT, run_of, shared, write_identities
 from medvit.cli.looking import look_into, refused_row
 from medvit.cli.study import Study, add_label_arguments, prepare, set_aside, show_study
 from medvit.config import GRIDS, Config, load_config, shipped_configs
@@ -95,7 +95,7 @@ def train(arguments: argparse.Namespace, config: Config) -> int:
         folds = data.make_folds(study.cases, config.data, config.training.seed)
         experiment = supervised(study, config, output, display, resume=arguments.resume)
         show_study(study, folds, display)
-        check_weights(Path(config.model.weights), study, folds, display)
+        check_weights(config.model.weights, study, folds, display)
         experiment.check(folds)
         if arguments.dry_run:
             show_estimate(experiment, folds, display)
@@ -112,6 +112,7 @@ def train(arguments: argparse.Namespace, config: Config) -> int:
         hours = None if arguments.resume else (time.monotonic() - began) / 3600
         if processes.first():
             write_cases(output / "cases.csv", study.cases, folds)
+            write_identities(output, study.cases)
             write_predictions(result, study.manifest.classes, output / "predictions.csv")
             report, further = write_reports(study, experiment, result, hours, display)
             show_result(report, further, output, result)
@@ -131,6 +132,7 @@ def pretrain(arguments: argparse.Namespace, config: Config, output: Path, displa
         return EXIT_DONE
     if processes.first():
         write_cases(output / "cases.csv", study.cases, [fold])
+        write_identities(output, study.cases)
     pretraining.run(fold)
     if processes.first():
         name = config.model.name
@@ -213,26 +215,27 @@ def check_sweep(config: Config, grid: str) -> None:
         raise UsageError(f"--sweep strength: objective.name={config.objective.name} has none. Take dann, cdan or mmd.")
 
 
-def check_weights(weights: Path, study: Study, folds: Sequence[data.Fold], display: Display) -> None:
+def check_weights(weights: str, study: Study, folds: Sequence[data.Fold], display: Display) -> None:
     """Refuse to start from a run that has learned the labels of patients who are to choose or to judge.
 
     Raises:
         GateError: so many patients.
     """
-    if not weights.is_dir():
+    if (run := run_of(weights)) is None:
         return
-    judging = {study.cases[index].patient_id for fold in folds for index in (*fold.val, *fold.test)}
-    seen = shared(weights, judging, TAUGHT)
-    if seen is None:
-        display.say(f"  whether {weights} has learned from these patients is not known: it has no cases.csv")
-    elif seen and read_info(weights)[0].classes:
+    judging = [study.cases[index] for fold in folds for index in (*fold.val, *fold.test)]
+    seen, unknown = shared(run, judging, TAUGHT)
+    patients = len({case.patient_id for case in judging})
+    if unknown:
+        display.say(f"  whether {run} has learned from these patients is not known: {unknown}")
+    if seen and read_info(run)[0].classes:
         raise GateError(
-            f"{ReasonCode.LEAKAGE}: {len(seen)} of {len(judging)} patients who choose or judge here have taught "
+            f"{ReasonCode.LEAKAGE}: {len(seen)} of {patients} patients who choose or judge here have taught "
             f"model.weights={weights} their labels: figures would be worth nothing. Start from other weights, or keep "
             "those patients out by a split column."
         )
-    elif seen:
-        display.say(f"  {len(seen)} of {len(judging)} patients who judge were in the pretraining, without labels")
+    if seen:
+        display.say(f"  {len(seen)} of {patients} patients who judge were in the pretraining, without labels")
 
 
 def prepare_output(output: Path, config: Config, *, resume: bool, sweep: bool = False) -> None:

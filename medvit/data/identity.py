@@ -115,12 +115,30 @@ def group_cases(cases: Sequence[Case], prints: Mapping[str, SlicePrints]) -> Gro
     )
 
 
-def _by_name(cases: Iterable[Case]) -> tuple[list[Bond], list[Bond]]:
-    """What the headers join, and what too many share."""
+def naming(cases: Iterable[Case]) -> dict[str, frozenset[str]]:
+    """case_id -> all that names its patient: hash of the id, `identities` that are no placeholder, and the case itself.
+
+    Two sets of cases share a person where they share one of these, whichever day each was scanned.
+    """
+    cases = list(cases)
+    sharers = _sharers(cases)
+    most = most_sharers(len({case.patient_id for case in cases}))
+    placeholders = {identity for identity, patients in sharers.items() if len(patients) > most}
+    return {case.case_id: frozenset({case.case_id, case.patient_id, *case.identities} - placeholders) for case in cases}
+
+
+def _sharers(cases: Iterable[Case]) -> dict[str, set[str]]:
+    """Identity -> the patients that have it."""
     sharers: dict[str, set[str]] = defaultdict(set)
     for case in cases:
         for identity in case.identities:
             sharers[identity].add(case.patient_id)
+    return sharers
+
+
+def _by_name(cases: Sequence[Case]) -> tuple[list[Bond], list[Bond]]:
+    """What the headers join, and what too many share."""
+    sharers = _sharers(cases)
     limit = most_sharers(len({case.patient_id for case in cases}))
     bonds: list[Bond] = []
     unused: list[Bond] = []

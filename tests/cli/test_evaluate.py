@@ -64,6 +64,7 @@ def test_patients_whom_the_model_has_learned_from_do_not_judge_it(trained, site,
     shutil.copytree(trained / "bundle", tmp_path / "run" / "bundle")
     text = (trained / "cases.csv").read_text(encoding="utf-8-sig").replace("test", "train")
     (tmp_path / "run" / "cases.csv").write_text(text, encoding="utf-8")
+    shutil.copy(trained / "identities.csv", tmp_path / "run")
     assert evaluate.main([str(tmp_path / "run"), *arguments[1:], str(tmp_path / "other")]) == 4
     assert "has learned from all" in capsys.readouterr().err
 

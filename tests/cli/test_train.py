@@ -24,7 +24,16 @@ def rows(path: Path) -> list[dict[str, str]]:
 
 def test_run_folder_is_complete_and_holds_no_identity(trained, site):
     names = {path.name for path in trained.iterdir()}
-    assert {"config.yaml", "cases.csv", "metrics.jsonl", "checkpoints", "bundle", "predictions.csv", "report"} <= names
+    assert {
+        "config.yaml",
+        "cases.csv",
+        "identities.csv",
+        "metrics.jsonl",
+        "checkpoints",
+        "bundle",
+        "predictions.csv",
+        "report",
+    } <= names
     identity = {row["patient_id"] for row in rows(site.labels)}
     for path in trained.rglob("*"):
         if path.is_file() and path.suffix in {".csv", ".json", ".jsonl", ".yaml", ".html"}:
@@ -355,13 +364,24 @@ def test_patients_who_taught_the_weights_do_not_judge(trained, train_tiny, tmp_p
     taught = [f"model.weights={trained}", "training.stages.0.epochs=1"]
     assert train_tiny(tmp_path / "one", *taught, "data.folds=3") == 4
     assert "LEAKAGE" in capsys.readouterr().err
+    file = f"model.weights={trained / 'bundle' / 'model.safetensors'}"
+    assert train_tiny(tmp_path / "three", *taught, file, "data.folds=3") == 4
     assert train_tiny(tmp_path / "two", *taught, "preprocessing.mean=[0.5,0.5,0.5]", "--dry-run") != 4  # the same split
 
 
 def test_weights_of_unknown_patients_are_told(trained, train_tiny, tmp_path, capfd):
     shutil.copytree(trained / "bundle", tmp_path / "elsewhere")
     assert train_tiny(tmp_path / "run", f"model.weights={tmp_path / 'elsewhere'}", "--dry-run") != 4
-    assert "has learned from these patients is not known: it has no cases.csv" in capfd.readouterr().err
+    assert "has learned from these patients is not known: no cases.csv" in capfd.readouterr().err
+
+
+def test_under_another_site_key_who_taught_the_weights_is_told_to_be_unknown(
+    trained, train_tiny, tmp_path, monkeypatch, capfd
+):
+    """All hashes differ: that nobody is found among them says nothing."""
+    monkeypatch.setenv("MEDVIT_SITE_KEY", "another")
+    assert train_tiny(tmp_path / "run", f"model.weights={trained}", "data.folds=3", "--dry-run") != 4
+    assert "is not known: it was made under another site key" in capfd.readouterr().err
 
 
 def test_two_processes_train_the_model_of_one(site, tmp_path):
