@@ -61,7 +61,8 @@ def parser() -> Parser:
     result.add_argument(
         "--sweep",
         choices=sorted(GRIDS),
-        help="try a grid of settings on validation cases, go on with the best",
+        help="try a grid of settings on validation cases (of an adaptation also by how informative predictions on "
+        "unlabelled target cases are), go on with the best",
     )
     result.add_argument("--dry-run", action="store_true", help="show cases, splits, class by site, and a time estimate")
     result.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings over the config file")
@@ -186,14 +187,28 @@ def sweep(
     experiment: training.Experiment, folds: Sequence[data.Fold], grid: str, display: Display
 ) -> training.Experiment:
     """Try the points of a grid on the first fold, show them, and go on with the best."""
-    chosen, points = training.sweep(experiment, folds[0], grid)
-    for point in points:
-        settings = ", ".join(f"{key.rsplit('.', 1)[-1]} {value:g}" for key, value in point.settings.items())
-        apart = "" if math.isnan(point.domain_probe) else f", sites told apart {point.domain_probe:.3f}"
-        display.say(f"  {settings}: validation AUROC {point.auroc:.3f} (epoch {point.best_epoch}){apart}")
+    best, points = training.sweep(experiment, folds[0], grid)
+    show_points(best, points, display)
     if processes.first():
-        (experiment.folder / "config.yaml").write_text(chosen.to_yaml(), encoding="utf-8")
-    return replace(experiment, config=chosen)
+        (experiment.folder / "config.yaml").write_text(best.config.to_yaml(), encoding="utf-8")
+    return replace(experiment, config=best.config)
+
+
+def show_points(best: training.Point, points: Sequence[training.Point], display: Display) -> None:
+    """What came of each point of a sweep, which one the run goes on with, and why."""
+    for point in points:
+        told = {"sites told apart": point.domain_probe, "information at the target": point.target_information}
+        at_target = "".join(f", {name} {value:.3f}" for name, value in told.items() if not math.isnan(value))
+        display.say(f"  {settings_of(point)}: validation AUROC {point.auroc:.3f} (epoch {point.best_epoch}){at_target}")
+    objective = best.config.objective
+    without = ": training without adaptation" if objective.adapts and not objective.strength else ""
+    by = "validation AUROC" + (" + information at the target" if objective.adapts else "")
+    display.say(f"  goes on with {settings_of(best)}{without} (chosen by {by}; sweep.csv has all)")
+
+
+def settings_of(point: training.Point) -> str:
+    """What a point of a sweep has set, in short."""
+    return ", ".join(f"{key.rsplit('.', 1)[-1]} {value:g}" for key, value in point.settings.items())
 
 
 def check_sweep(config: Config, grid: str) -> None:

@@ -286,16 +286,18 @@ def test_unlabelled_scans_of_the_target_take_part_without_a_row(site, tmp_path, 
     assert splits == {"target"}
 
 
-def test_a_sweep_goes_on_with_the_best_point(train_tiny, tmp_path, monkeypatch, capfd):
+def test_a_sweep_goes_on_with_the_best_point_and_says_so(train_tiny, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr("medvit.training.grid.GRIDS", {"strength": {"objective.strength": (0.0, 1.0)}})
+    informative = iter((5.0, 0.0) * 2)
+    monkeypatch.setattr("medvit.training.grid.information", lambda _: next(informative))
     run = tmp_path / "run"
     assert train_tiny(run, *TOWARDS_HARBOUR, "objective.name=dann", "--sweep", "strength") == 3
     points = rows(run / "sweep.csv")
     assert [point["objective.strength"] for point in points] == ["0.0", "1.0"]
-    best = max(points, key=lambda point: (float(point["val_auroc"]), -float(point["val_loss"])))
-    chosen = yaml.safe_load((run / "config.yaml").read_text())["objective"]["strength"]
-    assert chosen == float(best["objective.strength"])
-    assert "strength 1: validation AUROC" in capfd.readouterr().err
+    assert yaml.safe_load((run / "config.yaml").read_text())["objective"]["strength"] == 0
+    shown = capfd.readouterr().err
+    assert "strength 1: validation AUROC" in shown
+    assert "goes on with strength 0: training without adaptation" in shown
     assert train_tiny(run, *TOWARDS_HARBOUR, "objective.name=dann", "--sweep", "strength", "--resume") == 3
     assert rows(run / "sweep.csv") == points
 
