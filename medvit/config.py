@@ -529,7 +529,7 @@ GRIDS: Mapping[str, Mapping[str, Sequence[float]]] = MappingProxyType(
         "strength": {"objective.strength": (0.0, 0.1, 0.3, 1.0, 3.0)},
     }
 )
-"""Name -> config key -> values; every combination is a point. -1 is the last stage."""
+"""Name -> config key -> values; every combination is a point, beside the settings as they are. -1 is the last stage."""
 
 
 def shipped_configs() -> dict[str, Path]:
@@ -569,6 +569,14 @@ def override(config: Config, settings: Mapping[str, Any]) -> Config:
     for key, value in settings.items():
         _apply(tree, f"{key}={value}")
     return _validate(tree)
+
+
+def setting(config: Config, key: str) -> Any:
+    """What a config holds at a `section.key` that it has."""
+    node: Any = config.model_dump(mode="json")
+    for part in key.split("."):
+        node = node[int(part)] if isinstance(node, list) else node[part]
+    return node
 
 
 def _validate(tree: dict[str, Any]) -> Config:

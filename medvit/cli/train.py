@@ -61,8 +61,8 @@ def parser() -> Parser:
     result.add_argument(
         "--sweep",
         choices=sorted(GRIDS),
-        help="try a grid of settings on validation cases (of an adaptation also by how informative predictions on "
-        "unlabelled target cases are), go on with the best",
+        help="try the settings as given and a grid of others on validation cases (of an adaptation also by how "
+        "informative predictions on unlabelled target cases are), go on with the best",
     )
     result.add_argument("--dry-run", action="store_true", help="show cases, splits, class by site, and a time estimate")
     result.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings over the config file")

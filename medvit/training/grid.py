@@ -1,4 +1,4 @@
-"""A small sweep: each point of a named grid trained on one fold and judged on its validation cases.
+"""A small sweep: the settings as they are and each point of a named grid, trained on one fold, judged on validation.
 
 Validation at the sources alone would choose against adaptation, whose use is elsewhere: there the information of
 predictions on the unlabelled target cases counts as well, as in training.select=target. The table also tells how alike
@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from sklearn.model_selection import ParameterGrid
 
-from medvit.config import GRIDS, Config, override
+from medvit.config import GRIDS, Config, override, setting
 from medvit.data.splits import Fold
 from medvit.inference import Model
 from medvit.training import processes
@@ -27,7 +27,7 @@ from medvit.training.state import Score, score_of
 
 @dataclass(frozen=True)
 class Point:
-    """One combination and what came of it, on validation cases and on target cases without their labels.
+    """One combination of settings and what came of it, on validation cases and on target cases without their labels.
 
     Attributes:
         settings: config key -> value.
@@ -55,7 +55,7 @@ class Point:
 
 
 def sweep(experiment: Experiment, fold: Fold, grid: str) -> tuple[Point, tuple[Point, ...]]:
-    """Train every point of a grid below `folder/sweep`, and write `sweep.csv`.
+    """Train the settings as they are and every point of a grid below `folder/sweep`, and write `sweep.csv`.
 
     Args:
         experiment: whose settings are varied.
@@ -64,9 +64,9 @@ def sweep(experiment: Experiment, fold: Fold, grid: str) -> tuple[Point, tuple[P
 
     Returns:
         The point with the highest validation AUROC (of an adaptation: AUROC + target information; then the lower loss),
-        and all points in the grid's order.
+        and all points: the settings as they are, then the others in the grid's order.
     """
-    combinations = list(ParameterGrid({key: list(values) for key, values in GRIDS[grid].items()}))
+    combinations = _combinations(experiment.config, GRIDS[grid])
     configs = [override(experiment.config, settings) for settings in combinations]
     points = []
     for number, (settings, config) in enumerate(zip(combinations, configs, strict=True)):
@@ -75,6 +75,12 @@ def sweep(experiment: Experiment, fold: Fold, grid: str) -> tuple[Point, tuple[P
     if processes.first():
         _write(experiment.folder / "sweep.csv", points)
     return max(points, key=lambda point: point.score), tuple(points)
+
+
+def _combinations(config: Config, grid: Mapping[str, Sequence[float]]) -> list[dict[str, float]]:
+    """The settings as they are, which a sweep must not replace by worse ones, then the others of the grid."""
+    own = {key: setting(config, key) for key in sorted(grid)}  # the order of ParameterGrid
+    return [own, *(point for point in ParameterGrid({k: list(v) for k, v in grid.items()}) if point != own)]
 
 
 def _try(experiment: Experiment, fold: Fold, settings: Mapping[str, float], name: str, folder: str) -> Point:

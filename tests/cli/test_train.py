@@ -288,12 +288,12 @@ def test_unlabelled_scans_of_the_target_take_part_without_a_row(site, tmp_path, 
 
 def test_a_sweep_goes_on_with_the_best_point_and_says_so(train_tiny, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr("medvit.training.grid.GRIDS", {"strength": {"objective.strength": (0.0, 1.0)}})
-    informative = iter((5.0, 0.0) * 2)
+    informative = iter((0.0, 5.0) * 2)
     monkeypatch.setattr("medvit.training.grid.information", lambda _: next(informative))
     run = tmp_path / "run"
     assert train_tiny(run, *TOWARDS_HARBOUR, "objective.name=dann", "--sweep", "strength") == 3
     points = rows(run / "sweep.csv")
-    assert [point["objective.strength"] for point in points] == ["0.0", "1.0"]
+    assert [point["objective.strength"] for point in points] == ["1.0", "0.0"]  # as configured, then the others
     assert yaml.safe_load((run / "config.yaml").read_text())["objective"]["strength"] == 0
     shown = capfd.readouterr().err
     assert "strength 1: validation AUROC" in shown

@@ -31,6 +31,25 @@ def test_point_is_chosen_by_validation_in_the_epoch_that_was_kept(select, chosen
         assert [float(row["val_auroc"]) for row in csv.DictReader(stream)] == [point.auroc for point in points]
 
 
+@pytest.mark.parametrize(
+    ("grid", "tried"),
+    [
+        ({"training.stages.-1.lr": (1e-4, 1e-3)}, [1e-2, 1e-4, 1e-3]),
+        ({"training.stages.-1.lr": (1e-3, 1e-2)}, [1e-2, 1e-3]),  # not tried twice
+        ({"training.stages.-1.lr": (1e-3,), "training.stages.-1.weight_decay": (0.01, 0.05)}, [1e-2, 1e-3, 1e-3]),
+    ],
+)
+def test_settings_as_configured_are_tried_first_and_may_win(grid, tried, root, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setattr("medvit.training.grid.GRIDS", {"rates": grid})
+    experiment = make(root, tmp_path, recorder=Recorder((0.9, 0.9) + (0.8,) * 4))  # of two epochs each
+    best, points = sweep(experiment, FOLDS[0], "rates")
+    assert [point.settings["training.stages.-1.lr"] for point in points] == tried
+    assert [point.config.training.stages[-1].lr for point in points] == tried
+    assert best.config == experiment.config
+    with (tmp_path / "sweep.csv").open() as stream:
+        assert [float(row["training.stages.-1.lr"]) for row in csv.DictReader(stream)] == tried
+
+
 def test_loss_breaks_a_tie(root, tmp_path):  # noqa: F811
     chosen, points = sweep(make(root, tmp_path), FOLDS[0], "rates")  # the judge says 0.5 of all
     best = min(points, key=lambda point: point.loss)
@@ -79,15 +98,15 @@ def test_labels_of_the_test_fold_do_not_reach_the_sweep(root, tmp_path):  # noqa
 def test_adaptation_is_chosen_by_unlabelled_target_cases_too(name, chosen, root, tmp_path, monkeypatch):  # noqa: F811
     """Validation at the sources alone would prefer none: what adaptation is for is elsewhere."""
     monkeypatch.setattr("medvit.training.grid.GRIDS", {"strength": {"objective.strength": (0.0, 1.0)}})
-    informative = iter((0.1, 0.5))
+    informative = iter((0.5, 0.1))  # with, then without
     monkeypatch.setattr("medvit.training.grid.information", lambda blind: next(informative))
-    recorder = Recorder((0.8, 0.3, 0.8, 0.3, 0.7, 0.9, 0.7, 0.9))  # of each epoch: validation, then the oracle
+    recorder = Recorder((0.7, 0.9, 0.7, 0.9, 0.8, 0.3, 0.8, 0.3))  # of each epoch: validation, then the oracle
     experiment = towards(root, tmp_path, recorder, objective__name=name)
     best, points = sweep(experiment, TOWARDS, "strength")
     assert best.config.objective.strength == chosen
-    assert [point.target_information for point in points] == [0.1, 0.5]
+    assert [point.target_information for point in points] == [0.5, 0.1]
     with (tmp_path / "sweep.csv").open() as stream:
-        assert [row["target_information"] for row in csv.DictReader(stream)] == ["0.1000", "0.5000"]
+        assert [row["target_information"] for row in csv.DictReader(stream)] == ["0.5000", "0.1000"]
 
 
 def test_information_is_that_of_target_cases_in_the_epoch_that_was_kept(root, tmp_path):  # noqa: F811
