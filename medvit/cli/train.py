@@ -64,7 +64,11 @@ def parser() -> Parser:
         help="try the settings as given and a grid of others on validation cases (of an adaptation also by how "
         "informative predictions on unlabelled target cases are), go on with the best",
     )
-    result.add_argument("--dry-run", action="store_true", help="show cases, splits, class by site, and a time estimate")
+    result.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="show cases, splits, class by site, and a time estimate; no run is written, decoded pixels are kept",
+    )
     result.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings over the config file")
     return result
 
@@ -83,15 +87,15 @@ def train(arguments: argparse.Namespace, config: Config) -> int:
     """Prepare, train, judge and tell; of several processes the first one writes and speaks."""
     now = datetime.now().astimezone().strftime("%Y%m%d-%H%M%S")
     output: Path = processes.agreed(arguments.output or Path("runs") / now)
+    cache_dir = config.data.cache_dir or data.default_cache_dir(output)
     if arguments.sweep:
         check_sweep(config, arguments.sweep)
     if not arguments.dry_run and processes.first():
-        prepare_output(output, config, resume=arguments.resume, sweep=bool(arguments.sweep))
+        prepare_output(output, config, cache_dir, resume=arguments.resume, sweep=bool(arguments.sweep))
     processes.wait()
     with Display(quiet=not processes.first()) as display:
         if config.objective.pretrains:
-            return pretrain(arguments, config, output, display)
-        cache_dir = config.data.cache_dir or data.default_cache_dir(output)
+            return pretrain(arguments, config, output, cache_dir, display)
         study = prepare(arguments, cache_dir, config.preprocessing, display, config.data.target_sites)
         folds = data.make_folds(study.cases, config.data, config.training.seed)
         experiment = supervised(study, config, output, display, resume=arguments.resume)
@@ -100,6 +104,7 @@ def train(arguments: argparse.Namespace, config: Config) -> int:
         experiment.check(folds)
         if arguments.dry_run:
             show_estimate(experiment, folds, display)
+            show_kept(cache_dir, output, display)
             return EXIT_DONE
         began = time.monotonic()
         if arguments.sweep:
@@ -120,15 +125,15 @@ def train(arguments: argparse.Namespace, config: Config) -> int:
     return EXIT_QUARANTINE if set_aside(study) or result.refused else EXIT_DONE
 
 
-def pretrain(arguments: argparse.Namespace, config: Config, output: Path, display: Display) -> int:
+def pretrain(arguments: argparse.Namespace, config: Config, output: Path, cache_dir: Path, display: Display) -> int:
     """Learn a backbone from all CT of a folder; labels, where they are given, only tell how good it becomes."""
-    cache_dir = config.data.cache_dir or data.default_cache_dir(output)
     study = prepare(arguments, cache_dir, config.preprocessing, display, unlabelled=True)
     fold = data.split_patients(study.cases, config.data, config.training.seed)
     pretraining = unsupervised(study, config, output, display, resume=arguments.resume)
     show_study(study, [fold], display)
     if arguments.dry_run:
         show_minutes(config, [len(fold.train)], pretraining.time_step(fold.train), 0, display)
+        show_kept(cache_dir, output, display)
         return EXIT_DONE
     if processes.first():
         write_cases(output / "cases.csv", study.cases, [fold])
@@ -250,16 +255,17 @@ def check_weights(weights: Path, study: Study, folds: Sequence[data.Fold], displ
         display.say(f"  {len(seen)} of {len(judging)} patients who judge were in the pretraining, without labels")
 
 
-def prepare_output(output: Path, config: Config, *, resume: bool, sweep: bool = False) -> None:
+def prepare_output(output: Path, config: Config, cache_dir: Path, *, resume: bool, sweep: bool = False) -> None:
     """Make RUN and write its config; an existing run is only continued, and only with the same settings.
 
-    With a sweep these are the settings that it varies, kept beside its points; RUN's own are known at its end.
+    A folder that holds nothing but the cache is as good as empty: --dry-run leaves one. With a sweep these are the
+    settings that it varies, kept beside its points; RUN's own are known at its end.
 
     Raises:
         UsageError: `output` holds something and is not to be resumed, or was made with other settings.
     """
     saved = output / "sweep" / "config.yaml" if sweep else output / "config.yaml"
-    if output.exists() and any(output.iterdir()):
+    if output.exists() and any(path.resolve() != cache_dir.resolve() for path in output.iterdir()):
         if not resume:
             raise UsageError(f"{output}: not empty. Give another --output, or --resume to continue that run.")
         if not saved.is_file():
@@ -297,8 +303,14 @@ def show_minutes(config: Config, sizes: Sequence[int], timing: training.Timing, 
     seconds = timing.prepare_case * cases + timing.step * steps
     display.say(
         f"one step takes {timing.step:.2f} s, {steps} steps: about {max(1, round(seconds / 60))} minutes, and "
-        "validation besides. No run was written."
+        "validation besides"
     )
+
+
+def show_kept(cache_dir: Path, output: Path, display: Display) -> None:
+    """What a dry run leaves behind: pixels are PHI, and nobody should decode them twice."""
+    used = f"; a run with --output {output} begins with them" if cache_dir.is_relative_to(output) else ""
+    display.say(f"no run was written; decoded pixels (PHI) are kept in {cache_dir}{used}")
 
 
 def write_cases(path: Path, cases: Sequence[Case], folds: Sequence[data.Fold]) -> None:

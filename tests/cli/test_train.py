@@ -108,6 +108,21 @@ def test_dry_run_writes_nothing(train_tiny, tmp_path, capfd):
     shown = capfd.readouterr().err
     assert "split:" in shown
     assert "minutes" in shown
+    assert shown.splitlines()[-1].endswith(f"kept in {tmp_path / 'cache'}")
+
+
+def test_a_run_begins_with_the_pixels_that_its_dry_run_kept(train_tiny, tmp_path, capfd):
+    """They made the folder: it was "not empty", and --resume found no run in it."""
+    run = tmp_path / "run"
+    assert train_tiny(run, "--dry-run") == 0
+    last = capfd.readouterr().err.splitlines()[-1]
+    assert f"kept in {run / 'cache'}; a run with --output {run} begins" in last
+    kept = {path: path.stat().st_mtime_ns for path in (run / "cache").iterdir()}
+    assert kept
+    assert train_tiny(run, "training.stages.0.epochs=1") == 3
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    assert train_tiny(run, "training.stages.0.epochs=1") == 2
+    assert "not empty" in capfd.readouterr().err
 
 
 def test_killed_run_continues_to_the_same_predictions(site, trained, tmp_path):
