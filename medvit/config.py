@@ -529,7 +529,7 @@ GRIDS: Mapping[str, Mapping[str, Sequence[float]]] = MappingProxyType(
         "strength": {"objective.strength": (0.0, 0.1, 0.3, 1.0, 3.0)},
     }
 )
-"""Name -> config key -> values; every combination is a point. -1 is the last stage."""
+"""Name -> config key -> values; every combination is a point, beside the settings as they are. -1 is the last stage."""
 
 
 def shipped_configs() -> dict[str, Path]:
@@ -544,7 +544,8 @@ def load_config(source: str | Path | None = None, overrides: tuple[str, ...] | l
 
     Args:
         source: path, or name of a shipped config; None is `baseline`.
-        overrides: `section.key=value`, the value in YAML; list items by index (`training.stages.0.lr=1e-4`).
+        overrides: `section.key=value`, the value in YAML; list items by index (`training.stages.0.lr=1e-4`). Below a
+            section that is null, it begins with its defaults (`inference.tta.views=9`).
 
     Raises:
         UsageError: no such file, no YAML, unknown key (with the nearest name), or a value out of range.
@@ -568,6 +569,14 @@ def override(config: Config, settings: Mapping[str, Any]) -> Config:
     for key, value in settings.items():
         _apply(tree, f"{key}={value}")
     return _validate(tree)
+
+
+def setting(config: Config, key: str) -> Any:
+    """What a config holds at a `section.key` that it has."""
+    node: Any = config.model_dump(mode="json")
+    for part in key.split("."):
+        node = node[int(part)] if isinstance(node, list) else node[part]
+    return node
 
 
 def _validate(tree: dict[str, Any]) -> Config:
@@ -620,12 +629,19 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     *parents, last = key.split(".")
     try:
         for part in parents:
-            node = node[int(part)] if isinstance(node, list) else node.setdefault(part, {})
+            node = node[int(part)] if isinstance(node, list) else _entered(node, part)
         node[int(last) if isinstance(node, list) else last] = _parse_value(text)
     except (ValueError, IndexError, TypeError, AttributeError):
         raise UsageError(f"{override!r}: there is no such place in the config.{_hint(key.split('.'))}") from None
     except yaml.YAMLError as error:
         raise UsageError(f"{override!r}: the value is not readable as YAML: {error}") from None
+
+
+def _entered(node: dict[str, Any], part: str) -> Any:
+    """What is at `part`; a section that is null or not there begins empty, to be filled with its defaults."""
+    if node.get(part) is None:
+        node[part] = {}
+    return node[part]
 
 
 def _explain(error: ValidationError) -> str:

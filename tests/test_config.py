@@ -1,11 +1,13 @@
 """Configuration: typed, with the nearest name for what is misspelt, and every shipped file loads."""
 
+import re
+
 import pytest
 import yaml
 from pydantic import ValidationError
 
-from medvit.config import Config, load_config, shipped_configs
-from medvit.records import EXIT_USAGE, UsageError
+from medvit.config import AugmentConfig, Config, PricesConfig, TtaConfig, load_config, shipped_configs
+from medvit.records import EXIT_USAGE, ClaheSettings, UsageError
 
 
 @pytest.fixture
@@ -73,6 +75,34 @@ def test_overrides_are_read_as_yaml(empty, override, value):
         assert found.clip_limit == 2.0
     else:
         assert found == value
+
+
+@pytest.mark.parametrize(
+    ("source", "override", "section"),
+    [
+        ("baseline", "inference.tta.views=9", TtaConfig(views=9)),
+        ("baseline", "preprocessing.clahe.clip_limit=3", ClaheSettings(clip_limit=3)),
+        ("baseline", "evaluation.prices.studies_per_year=3", PricesConfig(studies_per_year=3)),
+        ("frozen", "data.augment.flip=true", AugmentConfig(flip=True)),
+    ],
+)
+def test_an_override_below_a_null_section_begins_it_with_its_defaults(source, override, section):
+    place = override.partition("=")[0].rpartition(".")[0]
+    assert get(load_config(source), place) is None
+    assert get(load_config(source, [override]), place) == section
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("objective.acceleration.symmetric=true", "'objective.acceleration.schedule': Field required"),
+        ("inference.tta.view=9", "Did you mean 'inference.tta.views'?"),
+        ("data.cache_dir.x=1", "config key 'data.cache_dir'"),
+    ],
+)
+def test_what_is_missing_or_wrong_below_null_is_named(override, message):
+    with pytest.raises(UsageError, match=re.escape(message)):
+        load_config(None, [override])
 
 
 def test_later_overrides_win_and_leave_the_rest(empty):

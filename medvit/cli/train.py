@@ -61,9 +61,14 @@ def parser() -> Parser:
     result.add_argument(
         "--sweep",
         choices=sorted(GRIDS),
-        help="try a grid of settings on validation cases, go on with the best",
+        help="try the settings as given and a grid of others on validation cases (of an adaptation also by how "
+        "informative predictions on unlabelled target cases are), go on with the best",
     )
-    result.add_argument("--dry-run", action="store_true", help="show cases, splits, class by site, and a time estimate")
+    result.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="show cases, splits, class by site, and a time estimate; no run is written, decoded pixels are kept",
+    )
     result.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings over the config file")
     return result
 
@@ -82,15 +87,15 @@ def train(arguments: argparse.Namespace, config: Config) -> int:
     """Prepare, train, judge and tell; of several processes the first one writes and speaks."""
     now = datetime.now().astimezone().strftime("%Y%m%d-%H%M%S")
     output: Path = processes.agreed(arguments.output or Path("runs") / now)
+    cache_dir = config.data.cache_dir or data.default_cache_dir(output)
     if arguments.sweep:
         check_sweep(config, arguments.sweep)
     if not arguments.dry_run and processes.first():
-        prepare_output(output, config, resume=arguments.resume, sweep=bool(arguments.sweep))
+        prepare_output(output, config, cache_dir, resume=arguments.resume, sweep=bool(arguments.sweep))
     processes.wait()
     with Display(quiet=not processes.first()) as display:
         if config.objective.pretrains:
-            return pretrain(arguments, config, output, display)
-        cache_dir = config.data.cache_dir or data.default_cache_dir(output)
+            return pretrain(arguments, config, output, cache_dir, display)
         study = prepare(arguments, cache_dir, config.preprocessing, display, config.data.target_sites)
         folds = data.make_folds(study.cases, config.data, config.training.seed)
         experiment = supervised(study, config, output, display, resume=arguments.resume)
@@ -99,6 +104,7 @@ def train(arguments: argparse.Namespace, config: Config) -> int:
         experiment.check(folds)
         if arguments.dry_run:
             show_estimate(experiment, folds, display)
+            show_kept(cache_dir, output, display)
             return EXIT_DONE
         began = time.monotonic()
         if arguments.sweep:
@@ -120,15 +126,15 @@ def train(arguments: argparse.Namespace, config: Config) -> int:
     return EXIT_QUARANTINE if set_aside(study) or result.refused else EXIT_DONE
 
 
-def pretrain(arguments: argparse.Namespace, config: Config, output: Path, display: Display) -> int:
+def pretrain(arguments: argparse.Namespace, config: Config, output: Path, cache_dir: Path, display: Display) -> int:
     """Learn a backbone from all CT of a folder; labels, where they are given, only tell how good it becomes."""
-    cache_dir = config.data.cache_dir or data.default_cache_dir(output)
     study = prepare(arguments, cache_dir, config.preprocessing, display, unlabelled=True)
     fold = data.split_patients(study.cases, config.data, config.training.seed)
     pretraining = unsupervised(study, config, output, display, resume=arguments.resume)
     show_study(study, [fold], display)
     if arguments.dry_run:
         show_minutes(config, [len(fold.train)], pretraining.time_step(fold.train), 0, display)
+        show_kept(cache_dir, output, display)
         return EXIT_DONE
     if processes.first():
         write_cases(output / "cases.csv", study.cases, [fold])
@@ -188,14 +194,28 @@ def sweep(
     experiment: training.Experiment, folds: Sequence[data.Fold], grid: str, display: Display
 ) -> training.Experiment:
     """Try the points of a grid on the first fold, show them, and go on with the best."""
-    chosen, points = training.sweep(experiment, folds[0], grid)
-    for point in points:
-        settings = ", ".join(f"{key.rsplit('.', 1)[-1]} {value:g}" for key, value in point.settings.items())
-        apart = "" if math.isnan(point.domain_probe) else f", sites told apart {point.domain_probe:.3f}"
-        display.say(f"  {settings}: validation AUROC {point.auroc:.3f} (epoch {point.best_epoch}){apart}")
+    best, points = training.sweep(experiment, folds[0], grid)
+    show_points(best, points, display)
     if processes.first():
-        (experiment.folder / "config.yaml").write_text(chosen.to_yaml(), encoding="utf-8")
-    return replace(experiment, config=chosen)
+        (experiment.folder / "config.yaml").write_text(best.config.to_yaml(), encoding="utf-8")
+    return replace(experiment, config=best.config)
+
+
+def show_points(best: training.Point, points: Sequence[training.Point], display: Display) -> None:
+    """What came of each point of a sweep, which one the run goes on with, and why."""
+    for point in points:
+        told = {"sites told apart": point.domain_probe, "information at the target": point.target_information}
+        at_target = "".join(f", {name} {value:.3f}" for name, value in told.items() if not math.isnan(value))
+        display.say(f"  {settings_of(point)}: validation AUROC {point.auroc:.3f} (epoch {point.best_epoch}){at_target}")
+    objective = best.config.objective
+    without = ": training without adaptation" if objective.adapts and not objective.strength else ""
+    by = "validation AUROC" + (" + information at the target" if objective.adapts else "")
+    display.say(f"  goes on with {settings_of(best)}{without} (chosen by {by}; sweep.csv has all)")
+
+
+def settings_of(point: training.Point) -> str:
+    """What a point of a sweep has set, in short."""
+    return ", ".join(f"{key.rsplit('.', 1)[-1]} {value:g}" for key, value in point.settings.items())
 
 
 def check_sweep(config: Config, grid: str) -> None:
@@ -238,16 +258,17 @@ def check_weights(weights: str, study: Study, folds: Sequence[data.Fold], displa
         display.say(f"  {len(seen)} of {patients} patients who judge were in the pretraining, without labels")
 
 
-def prepare_output(output: Path, config: Config, *, resume: bool, sweep: bool = False) -> None:
+def prepare_output(output: Path, config: Config, cache_dir: Path, *, resume: bool, sweep: bool = False) -> None:
     """Make RUN and write its config; an existing run is only continued, and only with the same settings.
 
-    With a sweep these are the settings that it varies, kept beside its points; RUN's own are known at its end.
+    A folder that holds nothing but the cache is as good as empty: --dry-run leaves one. With a sweep these are the
+    settings that it varies, kept beside its points; RUN's own are known at its end.
 
     Raises:
         UsageError: `output` holds something and is not to be resumed, or was made with other settings.
     """
     saved = output / "sweep" / "config.yaml" if sweep else output / "config.yaml"
-    if output.exists() and any(output.iterdir()):
+    if output.exists() and any(path.resolve() != cache_dir.resolve() for path in output.iterdir()):
         if not resume:
             raise UsageError(f"{output}: not empty. Give another --output, or --resume to continue that run.")
         if not saved.is_file():
@@ -285,8 +306,14 @@ def show_minutes(config: Config, sizes: Sequence[int], timing: training.Timing, 
     seconds = timing.prepare_case * cases + timing.step * steps
     display.say(
         f"one step takes {timing.step:.2f} s, {steps} steps: about {max(1, round(seconds / 60))} minutes, and "
-        "validation besides. No run was written."
+        "validation besides"
     )
+
+
+def show_kept(cache_dir: Path, output: Path, display: Display) -> None:
+    """What a dry run leaves behind: pixels are PHI, and nobody should decode them twice."""
+    used = f"; a run with --output {output} begins with them" if cache_dir.is_relative_to(output) else ""
+    display.say(f"no run was written; decoded pixels (PHI) are kept in {cache_dir}{used}")
 
 
 def write_cases(path: Path, cases: Sequence[Case], folds: Sequence[data.Fold]) -> None:

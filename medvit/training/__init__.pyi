@@ -5,6 +5,7 @@ from .gradient_chart import draw_errors as draw_errors
 from .gradient_chart import write_errors as write_errors
 from .gradient_error import GradientError as GradientError
 from .gradient_error import derive_schedule as derive_schedule
+from .grid import Point as Point
 from .grid import sweep as sweep
 from .loop import fit as fit
 from .material import Reporter as Reporter

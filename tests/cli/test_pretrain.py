@@ -198,6 +198,7 @@ def test_dry_run_writes_nothing(pretrain, tmp_path, capfd):
     shown = capfd.readouterr().err
     assert "cases without labels" in shown
     assert "minutes" in shown
+    assert "no run was written" in shown.splitlines()[-1]
 
 
 def test_who_is_in_the_test_split_takes_no_part(pretrain, site, tmp_path):

@@ -117,6 +117,21 @@ def test_dry_run_writes_nothing(train_tiny, tmp_path, capfd):
     shown = capfd.readouterr().err
     assert "split:" in shown
     assert "minutes" in shown
+    assert shown.splitlines()[-1].endswith(f"kept in {tmp_path / 'cache'}")
+
+
+def test_a_run_begins_with_the_pixels_that_its_dry_run_kept(train_tiny, tmp_path, capfd):
+    """They made the folder: it was "not empty", and --resume found no run in it."""
+    run = tmp_path / "run"
+    assert train_tiny(run, "--dry-run") == 0
+    last = capfd.readouterr().err.splitlines()[-1]
+    assert f"kept in {run / 'cache'}; a run with --output {run} begins" in last
+    kept = {path: path.stat().st_mtime_ns for path in (run / "cache").iterdir()}
+    assert kept
+    assert train_tiny(run, "training.stages.0.epochs=1") == 3
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    assert train_tiny(run, "training.stages.0.epochs=1") == 2
+    assert "not empty" in capfd.readouterr().err
 
 
 def test_killed_run_continues_to_the_same_predictions(site, trained, tmp_path):
@@ -295,16 +310,18 @@ def test_unlabelled_scans_of_the_target_take_part_without_a_row(site, tmp_path, 
     assert splits == {"target"}
 
 
-def test_a_sweep_goes_on_with_the_best_point(train_tiny, tmp_path, monkeypatch, capfd):
+def test_a_sweep_goes_on_with_the_best_point_and_says_so(train_tiny, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr("medvit.training.grid.GRIDS", {"strength": {"objective.strength": (0.0, 1.0)}})
+    informative = iter((0.0, 5.0) * 2)
+    monkeypatch.setattr("medvit.training.grid.information", lambda _: next(informative))
     run = tmp_path / "run"
     assert train_tiny(run, *TOWARDS_HARBOUR, "objective.name=dann", "--sweep", "strength") == 3
     points = rows(run / "sweep.csv")
-    assert [point["objective.strength"] for point in points] == ["0.0", "1.0"]
-    best = max(points, key=lambda point: (float(point["val_auroc"]), -float(point["val_loss"])))
-    chosen = yaml.safe_load((run / "config.yaml").read_text())["objective"]["strength"]
-    assert chosen == float(best["objective.strength"])
-    assert "strength 1: validation AUROC" in capfd.readouterr().err
+    assert [point["objective.strength"] for point in points] == ["1.0", "0.0"]  # as configured, then the others
+    assert yaml.safe_load((run / "config.yaml").read_text())["objective"]["strength"] == 0
+    shown = capfd.readouterr().err
+    assert "strength 1: validation AUROC" in shown
+    assert "goes on with strength 0: training without adaptation" in shown
     assert train_tiny(run, *TOWARDS_HARBOUR, "objective.name=dann", "--sweep", "strength", "--resume") == 3
     assert rows(run / "sweep.csv") == points
 

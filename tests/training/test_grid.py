@@ -1,6 +1,7 @@
 """A sweep judges its points on validation cases, in the epoch that was kept, and on no others."""
 
 import csv
+import json
 
 import numpy as np
 import pytest
@@ -22,19 +23,39 @@ def _two_points(monkeypatch):
 @pytest.mark.parametrize(("select", "chosen"), [("best", 1e-2), ("last", 1e-3)])
 def test_point_is_chosen_by_validation_in_the_epoch_that_was_kept(select, chosen, root, tmp_path):  # noqa: F811
     recorder = Recorder((0.9, 0.6, 0.7, 0.8))  # two points of two epochs
-    config, points = sweep(make(root, tmp_path, recorder=recorder, select=select), FOLDS[0], "rates")
+    best, points = sweep(make(root, tmp_path, recorder=recorder, select=select), FOLDS[0], "rates")
     assert recorder.asked == [len(FOLDS[0].val)] * 4
     assert [point.auroc for point in points] == ([0.9, 0.8] if select == "best" else [0.6, 0.8])
-    assert config.training.stages[-1].lr == chosen
+    assert best.config.training.stages[-1].lr == chosen
     with (tmp_path / "sweep.csv").open() as stream:
         assert [float(row["val_auroc"]) for row in csv.DictReader(stream)] == [point.auroc for point in points]
 
 
+@pytest.mark.parametrize(
+    ("grid", "tried"),
+    [
+        ({"training.stages.-1.lr": (1e-4, 1e-3)}, [1e-2, 1e-4, 1e-3]),
+        ({"training.stages.-1.lr": (1e-3, 1e-2)}, [1e-2, 1e-3]),  # not tried twice
+        ({"training.stages.-1.lr": (1e-3,), "training.stages.-1.weight_decay": (0.01, 0.05)}, [1e-2, 1e-3, 1e-3]),
+    ],
+)
+def test_settings_as_configured_are_tried_first_and_may_win(grid, tried, root, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setattr("medvit.training.grid.GRIDS", {"rates": grid})
+    experiment = make(root, tmp_path, recorder=Recorder((0.9, 0.9) + (0.8,) * 4))  # of two epochs each
+    best, points = sweep(experiment, FOLDS[0], "rates")
+    assert [point.settings["training.stages.-1.lr"] for point in points] == tried
+    assert [point.config.training.stages[-1].lr for point in points] == tried
+    assert best.config == experiment.config
+    with (tmp_path / "sweep.csv").open() as stream:
+        assert [float(row["training.stages.-1.lr"]) for row in csv.DictReader(stream)] == tried
+
+
 def test_loss_breaks_a_tie(root, tmp_path):  # noqa: F811
-    config, points = sweep(make(root, tmp_path), FOLDS[0], "rates")  # the judge says 0.5 of all
+    chosen, points = sweep(make(root, tmp_path), FOLDS[0], "rates")  # the judge says 0.5 of all
     best = min(points, key=lambda point: point.loss)
     assert points[0].loss != points[1].loss
-    assert config.training.stages[-1].lr == best.settings["training.stages.-1.lr"]
+    assert chosen == best
+    assert chosen.config.training.stages[-1].lr == best.settings["training.stages.-1.lr"]
 
 
 def test_the_row_of_the_best_epoch_is_found_where_patience_left_others_out(root, tmp_path):  # noqa: F811
@@ -55,7 +76,7 @@ def right(labels, probabilities):
 
 def judged(points):
     """All but the probe, which may be NaN."""
-    return [(point.settings, point.auroc, point.loss, point.best_epoch) for point in points]
+    return [(point.settings, point.score, point.best_epoch) for point in points]
 
 
 def flipped(spared):
@@ -68,9 +89,33 @@ def test_labels_of_the_test_fold_do_not_reach_the_sweep(root, tmp_path):  # noqa
     for name, labels in (("true", LABELS), ("flipped", flipped([*FOLDS[0].train, *FOLDS[0].val]))):
         experiment = make(root, tmp_path / name, labels=labels)
         experiment.judge = Judge(right, right, right)
-        config, points = sweep(experiment, FOLDS[0], "rates")
-        found.append((config, judged(points)))
+        best, points = sweep(experiment, FOLDS[0], "rates")
+        found.append((best.config, judged(points)))
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(("name", "chosen"), [("dann", 1.0), ("supervised", 0.0)])
+def test_adaptation_is_chosen_by_unlabelled_target_cases_too(name, chosen, root, tmp_path, monkeypatch):  # noqa: F811
+    """Validation at the sources alone would prefer none: what adaptation is for is elsewhere."""
+    monkeypatch.setattr("medvit.training.grid.GRIDS", {"strength": {"objective.strength": (0.0, 1.0)}})
+    informative = iter((0.5, 0.1))  # with, then without
+    monkeypatch.setattr("medvit.training.grid.information", lambda blind: next(informative))
+    recorder = Recorder((0.7, 0.9, 0.7, 0.9, 0.8, 0.3, 0.8, 0.3))  # of each epoch: validation, then the oracle
+    experiment = towards(root, tmp_path, recorder, objective__name=name)
+    best, points = sweep(experiment, TOWARDS, "strength")
+    assert best.config.objective.strength == chosen
+    assert [point.target_information for point in points] == [0.5, 0.1]
+    with (tmp_path / "sweep.csv").open() as stream:
+        assert [row["target_information"] for row in csv.DictReader(stream)] == ["0.5000", "0.1000"]
+
+
+def test_information_is_that_of_target_cases_in_the_epoch_that_was_kept(root, tmp_path):  # noqa: F811
+    """The figure that training.select=target writes for each epoch."""
+    _, points = sweep(towards(root, tmp_path, training__select="target"), TOWARDS, "rates")
+    for number, point in enumerate(points):
+        lines = (tmp_path / "sweep" / f"{number:02d}" / "metrics.jsonl").read_text().splitlines()
+        kept = json.loads(lines[point.best_epoch - 1])
+        assert point.target_information == pytest.approx(kept["val_target_information"], abs=1e-6)
 
 
 def test_labels_of_the_target_do_not_reach_the_sweep(root, tmp_path):  # noqa: F811
@@ -78,6 +123,6 @@ def test_labels_of_the_target_do_not_reach_the_sweep(root, tmp_path):  # noqa: F
     for name, labels in (("true", LABELS), ("flipped", flipped(range(6)))):
         experiment = towards(root, tmp_path / name, labels=labels)
         experiment.judge = Judge(right, right, right)
-        config, points = sweep(experiment, TOWARDS, "rates")
-        found.append((config, judged(points)))
+        best, points = sweep(experiment, TOWARDS, "rates")
+        found.append((best.config, judged(points)))
     assert found[0] == found[1]
