@@ -215,8 +215,20 @@ def _towards_target(
     # an unlabelled scan of a patient who is judged has been seen as well
     target = np.flatnonzero(at_target & ~np.isin(groups, groups[test]))
     if not len(target):
-        raise UsageError("data.target_sites: all of their patients are in the test split. Lower data.test_fraction.")
+        raise UsageError(_nobody_to_adapt_to(len(set(groups[judged])), fewest, data.test_fraction))
     return replace(fold, target=target)
+
+
+def _nobody_to_adapt_to(patients: int, fewest: int, fraction: float) -> str:
+    """Why every target patient judges, and what helps: fewer parts where two patients of each label allow some."""
+    nearer = "bring data.test_fraction nearer to 0.5, " if fewest > 1 else ""
+    parts = _parts(fraction)
+    return (
+        f"data.target_sites: saw {patients} patients there, all labelled, of the rarest label {fewest}; a "
+        f"data.test_fraction of {fraction:g} cuts them into {parts} parts, which need {parts} of each label. So all of "
+        f"them judge, and nobody is left to adapt to. To have some, {nearer}empty the labels of a few patients, or add "
+        "scans without labels."
+    )
 
 
 def _leave_sites_out(

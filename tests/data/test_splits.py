@@ -263,6 +263,29 @@ def test_few_labels_of_a_target_are_all_for_judging():
     assert at_west <= set(fold.test.tolist())
 
 
+def few_at_the_target(each):
+    """Of West, so many patients of each label, and nobody without."""
+    return [one for one in two_hospitals()[:48] if one.site != "West" or int(one.files[0]) < 4 + 6 * each]
+
+
+@pytest.mark.parametrize("share", [0.1, 0.25])
+def test_a_target_whose_patients_all_judge_is_told_what_helps(share):
+    cases = few_at_the_target(3)
+    with pytest.raises(UsageError, match=r"6 patients there, all labelled, of the rarest label 3.*nearer to 0\.5"):
+        make_folds(cases, DataConfig(target_sites=("West",), test_fraction=share), 0)
+    (nearer,) = make_folds(cases, DataConfig(target_sites=("West",), test_fraction=0.34), 0)
+    emptied = [replace(one, label=None) if one.files[0] in ("4", "5") else one for one in cases]
+    (fewer,) = make_folds(emptied, DataConfig(target_sites=("West",), test_fraction=0.25), 0)
+    assert len(nearer.target)
+    assert {cases[i].files[0] for i in fewer.target} == {"4", "5"}
+
+
+def test_one_target_patient_of_each_label_cannot_be_cut_however_they_are_held_out():
+    with pytest.raises(UsageError, match="nobody is left to adapt to") as caught:
+        make_folds(few_at_the_target(1), DataConfig(target_sites=("West",), test_fraction=0.5), 0)
+    assert "nearer" not in str(caught.value)
+
+
 def test_unknown_target_site_is_named_with_the_known_ones():
     with pytest.raises(UsageError, match=r"data.target_sites: no site Mars. Saw North, South, West"):
         make_folds(two_hospitals(), DataConfig(target_sites=("Mars",)), 0)
