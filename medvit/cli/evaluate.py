@@ -72,18 +72,17 @@ def main(argv: list[str] | None = None) -> int:
     baseline = read_baseline(arguments.baseline)
     status, further = EXIT_DONE, evaluation.Further()
     about: dict[str, str] = {}
-    run_config = (arguments.run or Path()) / "config.yaml"
-    config = load_config(run_config if arguments.run is not None and run_config.is_file() else None)
+    settings, noted = settings_of(arguments.run)
     if arguments.predictions is not None:
         frame = evaluation.read_predictions(arguments.predictions)
     elif arguments.folder is None:
-        frame = evaluation.read_predictions(arguments.run / "predictions.csv")
-        further = evaluation.load_further(arguments.run / "report")
+        frame, about, further = held_out(arguments.run)
     else:
-        frame, about, further, status = predict_labelled(arguments, config.evaluation)
+        frame, about, further, status = predict_labelled(arguments, settings)
+    frame.attrs["notes"] += noted
     if baseline is not None:
-        further = replace(further, gain=evaluation.measure_gain(frame, *baseline, config.evaluation))
-    report = evaluation.write_report(frame, arguments.output, config.evaluation, about, further)
+        further = replace(further, gain=evaluation.measure_gain(frame, *baseline, settings))
+    report = evaluation.write_report(frame, arguments.output, settings, about, further)
     show_report(report, further)
     if arguments.gate and any(table.verdict == "not met" for table in report.fairness):
         return EXIT_REFUSED
@@ -122,6 +121,39 @@ def read_baseline(given: str | None) -> tuple[pd.DataFrame, str] | None:
     if not (name and equals and path):
         raise UsageError(f"--baseline {given}: expected NAME=CSV, for example --baseline radiographers=theirs.csv.")
     return evaluation.read_predictions(path), name
+
+
+def run_of(given: Path) -> Path:
+    """The run that RUN, or the bundle in it, belongs to; a bundle elsewhere stands for itself."""
+    folder = given.resolve()
+    return folder.parent if folder.name == "bundle" and (folder / "bundle.json").is_file() else given
+
+
+def settings_of(given: Path | None) -> tuple[EvaluationConfig, list[str]]:
+    """As the run of RUN or of its bundle says, else the defaults; and what a reader of the report must know of it."""
+    path = None if given is None else run_of(given) / "config.yaml"
+    if path is not None and path.is_file():
+        return load_config(path).evaluation, []
+    settings = load_config().evaluation
+    told = f"Evaluated with default settings (tolerance {settings.tolerance:g}): no config.yaml is beside the model."
+    return settings, [told] if given is not None else []
+
+
+def held_out(given: Path) -> tuple[pd.DataFrame, dict[str, str], evaluation.Further]:
+    """What a run has kept of its own held-out cases: predictions, how the model was made, and the look inside.
+
+    Raises:
+        UsageError: there is none, as with a bundle alone.
+    """
+    run = run_of(given)
+    path = run / "predictions.csv"
+    if not path.is_file():
+        raise UsageError(
+            f"{given}: no predictions of a run there (looked for {path}): a bundle alone has none, nor has a run "
+            "that has not ended. Give the output folder of medvit-train, or a FOLDER of CT with --labels to predict."
+        )
+    about = evaluation.read_made(run / "bundle")
+    return evaluation.read_predictions(path), about, evaluation.load_further(run / "report")
 
 
 def predict_labelled(

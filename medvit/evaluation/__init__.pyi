@@ -12,6 +12,7 @@ from .latency import measure_latency as measure_latency
 from .learning_curve import how_it_went as how_it_went
 from .metrics import macro_auroc as macro_auroc
 from .metrics import operating_point as operating_point
+from .model_card import read_made as read_made
 from .model_card import write_model_card as write_model_card
 from .online import probe_online as probe_online
 from .predictions import read_predictions as read_predictions

@@ -15,10 +15,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import BaseModel, ValidationError
+
 from medvit.evaluation.pages import templates, title
 from medvit.evaluation.plain import without_nan
 from medvit.evaluation.report import Report
-from medvit.records import Case
+from medvit.records import Case, UsageError
 
 if TYPE_CHECKING:
     from medvit.models.bundle_info import BundleInfo
@@ -85,6 +87,30 @@ def write_model_card(
     (folder / DOCUMENT).write_text(text + "\n", encoding="utf-8")
     (folder / MARKDOWN).write_text(_markdown(defined), encoding="utf-8")
     return defined
+
+
+class _Card(BaseModel):
+    """Of a model card, what a report needs."""
+
+    made: dict[str, str]
+
+
+def read_made(folder: Path) -> dict[str, str]:
+    """How the model in a bundle's folder was made, as its card says; nothing where there is no card.
+
+    Raises:
+        UsageError: the card can no longer be read.
+    """
+    path = folder / DOCUMENT
+    if not path.is_file():
+        return {}
+    try:
+        return _Card.model_validate_json(path.read_bytes()).made
+    except ValidationError:
+        raise UsageError(
+            f"{path}: no longer the JSON that medvit wrote. Mend what was filled in, or delete it: the report then "
+            "says less."
+        ) from None
 
 
 def _model(info: BundleInfo) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 import csv
 import json
 import random
+import re
 import shutil
 
 import pytest
@@ -24,14 +25,19 @@ def unfair(tmp_path):
     return path
 
 
-def test_report_of_a_run(trained, tmp_path, capsys):
-    assert evaluate.main([str(trained), "--output", str(tmp_path / "report")]) == 0
-    assert (tmp_path / "report" / "report.html").is_file()
+@pytest.mark.parametrize("given", ["", "bundle"])
+def test_report_of_a_run_or_of_the_bundle_in_it(trained, given, tmp_path, capsys):
+    assert evaluate.main([str(trained / given), "--output", str(tmp_path / "report")]) == 0
     told = capsys.readouterr().out
     assert "AUROC" in told
     assert "latency" in told
-    own, again = (json.loads((run / "metrics.json").read_text()) for run in (trained / "report", tmp_path / "report"))
+    reports = trained / "report", tmp_path / "report"
+    own, again = (json.loads((report / "metrics.json").read_text()) for report in reports)
     assert own == again
+    pages = ((report / "report.html").read_text(encoding="utf-8") for report in reports)
+    own, again = (re.findall(r"<h1>.*</h1>|<dt>.*</dd>", page) for page in pages)
+    assert own == again
+    assert "Positive class" in str(again)  # how the run was made
 
 
 def test_a_bundle_alone_on_another_labelled_folder(trained, export, tmp_path):
@@ -45,6 +51,34 @@ def test_a_bundle_alone_on_another_labelled_folder(trained, export, tmp_path):
     assert {"explanation", "robustness"} <= set(numbers)
     assert numbers["robustness"]["available"] == 4
     assert any("learned from these patients is not known: no cases.csv" in note for note in numbers["notes"])
+    assert any("default settings (tolerance 0.1)" in note for note in numbers["notes"])
+
+
+@pytest.fixture
+def strict(trained, tmp_path):
+    """The run with a tolerance and draws of its own."""
+    run = shutil.copytree(trained, tmp_path / "strict")
+    text = (run / "config.yaml").read_text(encoding="utf-8").replace("bootstrap: 100", "bootstrap: 120")
+    (run / "config.yaml").write_text(text.replace("tolerance: 0.1", "tolerance: 0.01"), encoding="utf-8")
+    return run
+
+
+@pytest.mark.parametrize("given", ["", "bundle"])
+def test_a_bundle_in_a_run_is_evaluated_by_the_settings_of_the_run(strict, export, given, tmp_path):
+    report = tmp_path / "report"
+    arguments = [str(export.folder), "--labels", str(export.labels), "--output", str(report)]
+    assert evaluate.main([str(strict / given), *arguments]) == 3
+    numbers, fairness = (json.loads((report / f"{name}.json").read_text()) for name in ("metrics", "fairness"))
+    assert (numbers["draws"], fairness["tolerance"]) == (120, 0.01)
+    assert not any("default settings" in note for note in numbers["notes"])
+
+
+def test_a_bundle_alone_has_no_predictions_to_judge(trained, tmp_path, capsys):
+    model = shutil.copytree(trained / "bundle", tmp_path / "model")
+    assert evaluate.main([str(model), "--output", str(tmp_path / "report")]) == 2
+    told = " ".join(capsys.readouterr().err.split())
+    assert "a bundle alone has none" in told
+    assert "FOLDER of CT with --labels" in told
 
 
 def test_patients_whom_the_model_has_learned_from_do_not_judge_it(trained, site, tmp_path, capsys):

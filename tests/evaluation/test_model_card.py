@@ -5,10 +5,10 @@ import re
 import pytest
 
 from medvit.config import EvaluationConfig, ModelConfig
-from medvit.evaluation.model_card import OUT_OF_SCOPE, TO_FILL, write_model_card
+from medvit.evaluation.model_card import OUT_OF_SCOPE, TO_FILL, read_made, write_model_card
 from medvit.evaluation.report import write_report
 from medvit.models.bundle_info import BundleInfo, TrainingRange
-from medvit.records import Case, Preprocessing
+from medvit.records import Case, Preprocessing, UsageError
 
 INFO = BundleInfo(
     architecture=ModelConfig(weights="none"),
@@ -55,6 +55,16 @@ def test_both_forms_say_the_same(written):
     assert document == json.loads(json.dumps(card))
     assert document["evaluation"]["figures"]["auroc"]["point"] == report.auroc.point
     assert f"{report.auroc.point:.2f} [{report.auroc.low:.2f}, {report.auroc.high:.2f}]" in text
+
+
+def test_how_the_model_was_made_is_read_from_the_card_that_people_fill_in(written, tmp_path):
+    assert read_made(tmp_path) == {}
+    filled = json.dumps(written[3] | {"intended_use": "Sorting a list, at night"})
+    (tmp_path / "model_card.json").write_text(filled)
+    assert read_made(tmp_path) == {"Split": "patients held out"}
+    (tmp_path / "model_card.json").write_text(filled.replace(",", ";", 1))
+    with pytest.raises(UsageError, match="Mend what was filled in, or delete it"):
+        read_made(tmp_path)
 
 
 def test_what_only_a_person_can_say_is_left_open_and_marked(written):
