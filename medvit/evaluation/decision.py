@@ -33,6 +33,7 @@ class Gain:
         auroc: of the model less that of the baseline; means over classes with more than two.
         sensitivity: likewise at the two operating points; `specificity` too.
         recall: of each class by name, the share of its cases that are called so: what means over classes can hide.
+        notes: what the baseline's table assumed, and whom the comparison leaves out; the report has them with its own.
     """
 
     baseline: str
@@ -42,6 +43,7 @@ class Gain:
     sensitivity: Interval
     specificity: Interval
     recall: Mapping[str, Interval] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +113,19 @@ def measure_gain(frame: pd.DataFrame, baseline: pd.DataFrame, name: str, setting
         for i, figure in enumerate(COMPARED)
     }
     recall = {one: _recall_gained(own, other, one, bootstrap) for one in class_names(frame)}
-    return Gain(baseline=name, cases=len(shared), patients=patients, recall=recall, **intervals)
+    notes = [f"Baseline {name}: {note}" for note in baseline.attrs["notes"]]
+    notes += _left_out(name, len(shared), len(frame), len(baseline))
+    return Gain(baseline=name, cases=len(shared), patients=patients, recall=recall, notes=tuple(notes), **intervals)
+
+
+def _left_out(name: str, shared: int, own: int, other: int) -> list[str]:
+    """Who was judged by one method alone, if anybody was."""
+    if shared == own == other:
+        return []
+    return [
+        f"Gain over {name}: on the {shared} cases that both judged, paired by case_id. Left out are {own - shared} of "
+        f"the model's {own} and {other - shared} of the baseline's {other}."
+    ]
 
 
 def _recall_gained(own: pd.DataFrame, other: pd.DataFrame, name: str, bootstrap: PatientBootstrap) -> Interval:

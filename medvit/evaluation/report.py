@@ -119,7 +119,9 @@ def write_report(
     """
     checked = frame.copy() if "notes" in frame.attrs else check_predictions(frame)
     checked, attributes, absent = with_attributes(checked, settings)
-    checked.attrs["notes"] = [*checked.attrs["notes"], *absent]
+    further = further or Further()
+    compared = further.gain.notes if further.gain else ()
+    checked.attrs["notes"] = [*checked.attrs["notes"], *absent, *compared]
     folder = Path(output_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -129,7 +131,6 @@ def write_report(
     numbers = asdict(report)
     fairness = {"tolerance": settings.tolerance, "min_cell": settings.min_cell, "tables": numbers.pop("fairness")}
     del numbers["path"]
-    further = further or Further()
     for name, content in (("metrics.json", numbers | further.to_json()), ("fairness.json", fairness)):
         text = json.dumps({"schema_version": SCHEMA_VERSION} | without_nan(content), indent=2, ensure_ascii=False)
         (folder / name).write_text(text + "\n", encoding="utf-8")

@@ -134,6 +134,18 @@ def test_gain_over_the_present_method_is_named(trained, unfair, tmp_path, capsys
     assert "no case_id" in capsys.readouterr().err
 
 
+def test_what_the_comparison_with_a_baseline_leaves_out_is_among_the_notes(unfair, tmp_path):
+    few, report = tmp_path / "few.csv", tmp_path / "report"
+    lines = unfair.read_text().splitlines()[:201]
+    few.write_text("\n".join(line.rpartition(",")[0] for line in lines))  # half of the cases, and no threshold
+    arguments = ["--predictions", str(unfair), "--baseline", f"readers={few}", "--output", str(report)]
+    assert evaluate.main(arguments) == 0
+    notes = json.loads((report / "metrics.json").read_text(encoding="utf-8"))["notes"]
+    assert [note for note in notes if "Left out are 200 of the model's 400 and 0 of the baseline's 200" in note]
+    assert [note for note in notes if "Baseline readers: No threshold was given" in note]
+    assert "Baseline readers: No threshold" in (report / "report.html").read_text(encoding="utf-8")
+
+
 def test_gate_refuses_what_serves_a_site_worse(unfair, tmp_path):
     arguments = ["--predictions", str(unfair), "--output", str(tmp_path / "report")]
     assert evaluate.main(arguments) == 0

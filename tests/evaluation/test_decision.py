@@ -84,8 +84,22 @@ def test_a_class_that_is_wholly_lost_has_an_exact_end(cohort):
 
 def test_only_shared_cases_count(cohort):
     frame = check_predictions(cohort(200))
-    gain = measure_gain(frame, check_predictions(blurred(cohort(200), 0.5).iloc[50:]), "readers", SETTINGS)
+    other = blurred(cohort(200), 0.5).iloc[50:]
+    elsewhere = other.iloc[:7].assign(case_id=[f"other{k}" for k in range(7)])
+    gain = measure_gain(frame, check_predictions(pd.concat([other, elsewhere])), "readers", SETTINGS)
     assert gain.cases == 150
+    assert "on the 150 cases that both" in gain.notes[-1]
+    assert "Left out are 50 of the model's 200 and 7 of the baseline's 157" in gain.notes[-1]
+
+
+def test_what_the_table_of_the_baseline_assumed_is_told(cohort):
+    """Without a threshold of its own it is called at 0.5, and the model at its own."""
+    tuned = check_predictions(cohort(60))
+    bare = check_predictions(cohort(60)[["case_id", "patient_id", "label", "p_none", "p_bleed"]])
+    (told,) = measure_gain(tuned, bare, "readers", SETTINGS).notes
+    assert told.startswith("Baseline readers: No threshold was given")
+    assert "0.5" in told
+    assert not measure_gain(tuned, tuned, "itself", SETTINGS).notes
 
 
 def test_few_findings_give_a_wide_interval_however_many_patients(cohort):
