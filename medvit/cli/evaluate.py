@@ -17,7 +17,7 @@ import pandas as pd
 import medvit
 from medvit import data, evaluation
 from medvit.cli.console import Display, Parser, command, tables
-from medvit.cli.learned import KNOWN, shared
+from medvit.cli.learned import CONFIG, KNOWN, run_folder, shared
 from medvit.cli.looking import look_into, predict, refused_row
 from medvit.cli.study import Study, add_label_arguments, prepare, set_aside, show_study
 from medvit.config import EvaluationConfig, load_config
@@ -123,19 +123,13 @@ def read_baseline(given: str | None) -> tuple[pd.DataFrame, str] | None:
     return evaluation.read_predictions(path), name
 
 
-def run_of(given: Path) -> Path:
-    """The run that RUN, or the bundle in it, belongs to; a bundle elsewhere stands for itself."""
-    folder = given.resolve()
-    return folder.parent if folder.name == "bundle" and (folder / "bundle.json").is_file() else given
-
-
 def settings_of(given: Path | None) -> tuple[EvaluationConfig, list[str]]:
     """As the run of RUN or of its bundle says, else the defaults; and what a reader of the report must know of it."""
-    path = None if given is None else run_of(given) / "config.yaml"
+    path = None if given is None else run_folder(given) / CONFIG
     if path is not None and path.is_file():
         return load_config(path).evaluation, []
     settings = load_config().evaluation
-    told = f"Evaluated with default settings (tolerance {settings.tolerance:g}): no config.yaml is beside the model."
+    told = f"Evaluated with default settings (tolerance {settings.tolerance:g}): no {CONFIG} is beside the model."
     return settings, [told] if given is not None else []
 
 
@@ -145,7 +139,7 @@ def held_out(given: Path) -> tuple[pd.DataFrame, dict[str, str], evaluation.Furt
     Raises:
         UsageError: there is none, as with a bundle alone.
     """
-    run = run_of(given)
+    run = run_folder(given)
     path = run / "predictions.csv"
     if not path.is_file():
         raise UsageError(

@@ -63,7 +63,7 @@ def shared(run: Path, cases: Collection[Case], sides: Collection[str]) -> Shared
 
 def learned_from(run: Path, sides: Collection[str]) -> Learned:
     """Whom a run has learned from; with folds everybody, for the bundle is a refit on all."""
-    folder = run.resolve().parent if run.resolve().name == "bundle" else run
+    folder = run_folder(run)
     if not all((folder / name).is_file() for name in (CASES, IDENTITIES)):
         return Learned(frozenset(), f"no {CASES} with {IDENTITIES} is beside it")
     identities = _rows(folder / IDENTITIES)
@@ -75,6 +75,12 @@ def learned_from(run: Path, sides: Collection[str]) -> Learned:
     names = frozenset(row["named_by"] for row in identities if row["case_id"] in chosen)
     before = _before(folder, sides)
     return Learned(names | before.names, before.unknown)
+
+
+def run_folder(given: Path) -> Path:
+    """The run that its folder, or the bundle in it, stands for; a bundle elsewhere stands for itself."""
+    folder = given.resolve()
+    return folder.parent if folder.name == "bundle" and (folder / "bundle.json").is_file() else given
 
 
 def run_of(weights: str) -> Path | None:
