@@ -216,6 +216,10 @@ def unseen(run: Path, study: Study) -> tuple[list[Case], list[str]]:
         notes.append(f"{len(study.failures)} labelled cases could not be read and are in no figure.")
     if unmatched := len(study.manifest.unmatched_rows):
         notes.append(f"{unmatched} rows of the labels match no file.")
+    if aside := len(study.manifest.set_aside_rows):
+        notes.append(
+            f"{aside} rows of the labels mean scans that were set aside (medvit-inspect says why): in no figure."
+        )
     return cases, notes
 
 

@@ -130,8 +130,8 @@ def show_study(study: Study, folds: Sequence[data.Fold], display: Display) -> No
         say(f"  {len(cases) - labelled} unlabelled cases{of}")
     used = {case.case_id for case in cases}
     unlabelled = sum(case.label is None and case.case_id not in used for case in manifest.cases)
+    _show_rows(manifest, display)
     notes = {
-        "rows of the table match no file": len(manifest.unmatched_rows),
         "usable scans have no row": manifest.without_row,
         "cases have no label": unlabelled,
     }
@@ -153,8 +153,6 @@ def show_study(study: Study, folds: Sequence[data.Fold], display: Display) -> No
         say(f"  column {column} is called {name} in predictions and report, which have a column of that name")
     for why, count in Counter(other.detail.partition(" (")[0] for other in manifest.not_selected).items():
         say(f"  {count} not selected: {why}")
-    if manifest.unmatched_rows:
-        say(f"  lines without a file: {', '.join(map(str, manifest.unmatched_rows[:SHOWN]))}")
     for failure in study.failures:
         say(f"  set aside {failure.case.case_id}: {failure.error.code} {failure.error.detail}")
     for code, count in Counter(e.code for e in study.inventory.files if e.code is not None).items():
@@ -164,6 +162,18 @@ def show_study(study: Study, folds: Sequence[data.Fold], display: Display) -> No
     for number, fold in enumerate(folds):
         sizes = ", ".join(f"{len(part)} {name}" for name, part in fold.sides().items() if len(part))
         say(f"fold {number + 1}: {sizes}" if len(folds) > 1 else f"split: {sizes}")
+
+
+def _show_rows(manifest: data.Manifest, display: Display) -> None:
+    """Which rows of the table mean no case: an export may be missing, or its images are no good."""
+    rows = {
+        "match no file": manifest.unmatched_rows,
+        "mean scans that were set aside": manifest.set_aside_rows,
+    }
+    for what, lines in rows.items():
+        if lines:
+            shown = ", ".join(map(str, lines[:SHOWN])) + (", ..." if len(lines) > SHOWN else "")
+            display.say(f"  {len(lines)} rows of the table {what}: lines {shown}")
 
 
 def show_grouping(grouping: data.Grouping, display: Display) -> None:

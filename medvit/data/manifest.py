@@ -54,6 +54,7 @@ class Manifest:
         key: what joined the labels.
         label_column: what they are called.
         unmatched_rows: CSV line numbers whose key matches no file.
+        set_aside_rows: those whose key is in the folder, on files that cannot be used.
         without_row: how many usable series or files have no row.
         without_patient: how many cases neither files nor table give a patient id: each study counts as a patient.
         attributes: which further columns of the table go along, and which do not.
@@ -65,6 +66,7 @@ class Manifest:
     key: str
     label_column: str = "label"
     unmatched_rows: tuple[int, ...] = ()
+    set_aside_rows: tuple[int, ...] = ()
     without_row: int = 0
     without_patient: int = 0
     attributes: Attributes = field(default_factory=Attributes)
@@ -124,12 +126,15 @@ def build_manifest(
     if not units:
         raise UsageError(f"{inventory.root}: no usable CT found. Run medvit-inspect on it to see what was set aside.")
     matched = _match(table, key, keyed_by, units, labels)
-    found, roots = {unit.key(key) for unit in units}, _roots(labels, units)
+    found, there, roots = {unit.key(key) for unit in units}, _there(inventory, key), _roots(labels, units)
+    meant = {line: set(key_values(row[keyed_by], key, roots)) for line, row in table.items()}
+    aside = tuple(line for line, names in meant.items() if names & there and not names & found)
     if not matched:
         example = next(iter(table.values()))[keyed_by]
+        told = f" {len(aside)} of them mean scans that were set aside: medvit-inspect says why." if aside else ""
         raise UsageError(
             f"labels {labels}: none of {len(table)} rows matches by {key} (first value {example!r}; the folder holds "
-            f"{len(units)} candidates). Check that labels and folder belong together."
+            f"{len(units)} candidates). Check that labels and folder belong together.{told}"
         )
     _check_further_keys(table, columns, key, matched, labels)
     if key == "series_uid":
@@ -153,9 +158,8 @@ def build_manifest(
         classes=class_order((case.label for case in cases), label_column),
         label_column=label_column,
         key=key,
-        unmatched_rows=tuple(
-            line for line, row in table.items() if found.isdisjoint(key_values(row[keyed_by], key, roots))
-        ),
+        unmatched_rows=tuple(line for line, names in meant.items() if not names & there),
+        set_aside_rows=aside,
         without_row=len(without) - len(targets),
         without_patient=sum(not unit.series.header.patient_id for unit in nameless),
         attributes=attributes,
@@ -216,6 +220,15 @@ def _file_units(inventory: Inventory) -> tuple[list[_Unit], tuple[NotSelected, .
 def _single_slice(entry: FileEntry) -> bool:
     """A file may be a case of its own although it is a copy, or its series no regular volume; reading it checks it."""
     return entry.outcome.used or entry.code in VOLUME_FAULTS
+
+
+def _there(inventory: Inventory, key: str) -> set[str]:
+    """The keys of all that the folder holds, usable or not; of patients, those that have a series."""
+    if key == "path":
+        return {os.path.normpath(inventory.root.absolute() / entry.path) for entry in inventory.files}
+    if key == "patient_id":
+        return {series.header.patient_id for series in inventory.series}
+    return {getattr(entry, key) for entry in inventory.files}
 
 
 def _match(table: Table, key: str, keyed_by: str, units: Iterable[_Unit], labels: Path) -> list[tuple[int, _Unit]]:

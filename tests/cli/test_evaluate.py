@@ -86,7 +86,7 @@ def test_patients_whom_the_model_has_learned_from_do_not_judge_it(trained, site,
     arguments = [str(trained), str(site.folder), "--labels", str(site.labels), "--output"]
     assert evaluate.main([*arguments, str(report)]) == 3
     told = capsys.readouterr()
-    assert "rows of the table match no file" in told.err
+    assert "rows of the table mean scans that were set aside" in told.err
     with (trained / "cases.csv").open(encoding="utf-8-sig", newline="") as stream:
         sides = {row["case_id"]: row["split"] for row in csv.DictReader(stream)}
     with (report / "predictions.csv").open(encoding="utf-8-sig", newline="") as stream:
@@ -94,6 +94,7 @@ def test_patients_whom_the_model_has_learned_from_do_not_judge_it(trained, site,
     assert judged == {case for case, side in sides.items() if side == "test"}
     notes = json.loads((report / "metrics.json").read_text(encoding="utf-8"))["notes"]
     assert any("whom the model has learned from: left out" in note for note in notes)
+    assert any("mean scans that were set aside" in note for note in notes)
     (tmp_path / "run").mkdir()
     shutil.copytree(trained / "bundle", tmp_path / "run" / "bundle")
     text = (trained / "cases.csv").read_text(encoding="utf-8-sig").replace("test", "train")

@@ -104,6 +104,31 @@ def test_rows_without_scan_and_scans_without_row_are_both_listed(hospital):
     assert manifest.without_row == 2
 
 
+@pytest.mark.parametrize(
+    ("key", "good", "bad", "absent"),
+    [
+        ("patient_id", "Mueller-0815", "Weber", "Nobody"),
+        ("study_uid", f"{UID}.1", f"{UID}.3", "9.9"),
+        ("series_uid", f"{UID}.1.1", f"{UID}.3.1", "9.9"),
+        ("sop_uid", f"{UID}.1.1.1", f"{UID}.3.1.1", "9.9"),
+        ("path", "a/thin0.dcm", "c/x0.dcm", "c/y0.dcm"),
+    ],
+)
+def test_a_row_whose_scan_was_set_aside_is_not_one_without_a_file(hospital, key, good, bad, absent):
+    """Whoever reads that no file matches looks for an export that is not missing."""
+
+    def unscaled(dataset, index):
+        del dataset.RescaleSlope, dataset.RescaleIntercept
+
+    Ct(hu=SMALL, study=3, patient="Weber", edit=unscaled).write(hospital / "c", "x{}.dcm")
+    other = {"patient_id": "Schmidt-4711", "path": "b/x0.dcm"}.get(key, good.replace(f"{UID}.1", f"{UID}.2"))
+    rows = f"{key},label\n{good},yes\n{absent},no\n{bad},yes\n,no\n{other},no\n"
+    manifest = manifest_of(hospital, rows)
+    assert (manifest.unmatched_rows, manifest.set_aside_rows) == ((3, 5), (4,))
+    with pytest.raises(UsageError, match=r"none of 1 rows.* 1 of them mean scans that were set aside"):
+        manifest_of(hospital, f"{key},label\n{bad},yes\n")
+
+
 @pytest.mark.parametrize("nothing", ["", "NA", "#N/A", "NaN", "NULL"])
 def test_empty_label_is_an_unlabelled_case(nothing, hospital):
     """As pandas, R, Excel and databases write it: a class of those whom nobody has read would be learned."""
