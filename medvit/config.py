@@ -328,7 +328,8 @@ class InferenceConfig(_Section):
     )
     refuse: tuple[Literal["body_part", "kernel", "manufacturer", "contrast", "slice_thickness_mm"], ...] = Field(
         ("body_part",),
-        description="a scan that is unlike all training scans in one of these gets no score; in the others, a flag",
+        description="a scan whose header is unlike those of all training scans in one of these gets no score; in the "
+        "others, a flag; what a header does not say is unlike nothing",
     )
     ood_share: float = Field(
         0.05, gt=0, lt=1, description="share of cases like the training cases that may be flagged as unlike them"

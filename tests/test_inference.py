@@ -1,4 +1,5 @@
 import dataclasses
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -245,6 +246,25 @@ def test_a_scan_unlike_all_training_scans_is_flagged_or_refused(model):
     with pytest.raises(ScanError, match="body_part HEAD") as refusal:
         model.predict([head])
     assert refusal.value.code == ReasonCode.NOT_FOR_MODEL
+
+
+@pytest.mark.parametrize(
+    ("trained_on", "part", "refused"),
+    [
+        (("CHEST",), "chest ", False),
+        (("CHEST",), "THORAX", True),  # words are compared, and not what they mean
+        (("CHEST",), "", False),  # what nobody wrote is unlike nothing
+        ((), "HEAD", False),
+    ],
+)
+def test_only_what_headers_say_is_refused(model, trained_on, part, refused):
+    """As README and the model card say: change them with it."""
+    seen = TrainingRange(body_parts=trained_on)
+    info = model.info.model_copy(update={"training_range": seen, "refuse": ("body_part",)})
+    given = dataclasses.replace(scan(1), header=dataclasses.replace(scan(1).header, body_part=part))
+    with pytest.raises(ScanError, match="body_part") if refused else nullcontext():
+        (prediction,) = dataclasses.replace(model, info=info).predict([given])
+        assert prediction.flags == ()
 
 
 def test_features_far_from_the_reference_are_flagged(model):

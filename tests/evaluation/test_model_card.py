@@ -67,6 +67,12 @@ def test_how_the_model_was_made_is_read_from_the_card_that_people_fill_in(writte
         read_made(tmp_path)
 
 
+def test_what_the_model_refuses_is_said_with_its_limits(written):
+    text = written[2]
+    assert "- Refuses scans whose header gives what no training scan had: body part; spelt otherwise is another" in text
+    assert "what headers do not give refuses nothing\n- Unlike the training cases" in text
+
+
 def test_what_only_a_person_can_say_is_left_open_and_marked(written):
     _, _, text, document = written
     assert text.count("FILL IN (") == len(TO_FILL)
