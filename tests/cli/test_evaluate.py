@@ -7,6 +7,7 @@ import shutil
 import pytest
 
 from medvit.cli import evaluate
+from medvit.cli.learned import KNOWN, learned_from
 
 
 @pytest.fixture
@@ -38,6 +39,13 @@ def test_report_of_a_run_or_of_the_bundle_in_it(trained, given, tmp_path, capsys
     own, again = (re.findall(r"<h1>.*</h1>|<dt>.*</dd>", page) for page in pages)
     assert own == again
     assert "Positive class" in str(again)  # how the run was made
+
+
+def test_a_run_that_is_called_bundle_is_a_run(trained, tmp_path):
+    run = shutil.copytree(trained, tmp_path / "bundle")
+    assert evaluate.main([str(run), "--output", str(tmp_path / "report")]) == 0
+    assert learned_from(run, KNOWN) == learned_from(trained, KNOWN)
+    assert learned_from(run, KNOWN).names
 
 
 def test_a_bundle_alone_on_another_labelled_folder(trained, export, tmp_path):
