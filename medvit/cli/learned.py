@@ -12,9 +12,8 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
+from medvit import data
 from medvit.config import load_config
-from medvit.data.identity import naming
-from medvit.data.pseudonym import pseudonym
 from medvit.records import Case
 
 TAUGHT = ("train",)
@@ -45,7 +44,7 @@ def write_identities(folder: Path, cases: Collection[Case]) -> None:
     with (folder / IDENTITIES).open("w", encoding="utf-8", newline="") as stream:
         writer = csv.writer(stream)
         writer.writerows((("case_id", "named_by"), ("", _key())))
-        writer.writerows((case, name) for case, names in naming(cases).items() for name in sorted(names))
+        writer.writerows((case, name) for case, names in data.naming(cases).items() for name in sorted(names))
 
 
 def shared(run: Path, cases: Collection[Case], sides: Collection[str]) -> Shared:
@@ -56,7 +55,7 @@ def shared(run: Path, cases: Collection[Case], sides: Collection[str]) -> Shared
         cases: all that are asked about: what too many of them share names nobody.
         sides: `TAUGHT` or `KNOWN`.
     """
-    learned, named = learned_from(run, sides), naming(cases)
+    learned, named = learned_from(run, sides), data.naming(cases)
     patients = (case.patient_id for case in cases if not learned.names.isdisjoint(named[case.case_id]))
     return Shared(frozenset(patients), learned.unknown)
 
@@ -102,7 +101,7 @@ def _before(folder: Path, sides: Collection[str]) -> Learned:
 
 
 def _key() -> str:
-    return pseudonym("key", "")
+    return data.pseudonym("key", "")
 
 
 def _rows(path: Path) -> list[dict[str, str]]:

@@ -6,6 +6,7 @@ from .copies import slice_prints as slice_prints
 from .identity import Bond as Bond
 from .identity import Grouping as Grouping
 from .identity import group_cases as group_cases
+from .identity import naming as naming
 from .manifest import Manifest as Manifest
 from .manifest import build_manifest as build_manifest
 from .manifest import everything as everything
