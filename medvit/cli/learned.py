@@ -16,11 +16,10 @@ from medvit import data
 from medvit.config import load_config
 from medvit.records import Case
 
-TAUGHT = ("train",)
-"""Sides of cases.csv whose labels a model with one split has learned."""
-
-KNOWN = ("train", "val", "target")
-"""Sides that it has learned from or was chosen by."""
+TAUGHT, MET, KNOWN = "taught", "met", "known"
+SIDES = {TAUGHT: ("train",), MET: ("train",), KNOWN: ("train", "val", "target")}
+"""What is asked -> sides of cases.csv: whose labels a model has learned (a run that pretrains: nobody's), whom it has
+learned from at all, and by whom it was chosen as well."""
 
 CASES, IDENTITIES, CONFIG = "cases.csv", "identities.csv", "config.yaml"
 
@@ -47,20 +46,20 @@ def write_identities(folder: Path, cases: Collection[Case]) -> None:
         writer.writerows((case, name) for case, names in data.naming(cases).items() for name in sorted(names))
 
 
-def shared(run: Path, cases: Collection[Case], sides: Collection[str]) -> Shared:
-    """Which of the patients of some cases are on some sides of a run, or of one whose weights it began with.
+def shared(run: Path, cases: Collection[Case], asked: str) -> Shared:
+    """Which of the patients of some cases a run has learned from, or one whose weights it began with.
 
     Args:
         run: folder of medvit-train, or the bundle in it.
         cases: all that are asked about: what too many of them share names nobody.
-        sides: `TAUGHT` or `KNOWN`.
+        asked: a key of `SIDES`.
     """
-    learned, named = learned_from(run, sides), data.naming(cases)
+    learned, named = learned_from(run, asked), data.naming(cases)
     patients = (case.patient_id for case in cases if not learned.names.isdisjoint(named[case.case_id]))
     return Shared(frozenset(patients), learned.unknown)
 
 
-def learned_from(run: Path, sides: Collection[str]) -> Learned:
+def learned_from(run: Path, asked: str) -> Learned:
     """Whom a run has learned from; with folds everybody, for the bundle is a refit on all."""
     folder = run_folder(run)
     if not all((folder / name).is_file() for name in (CASES, IDENTITIES)):
@@ -68,11 +67,15 @@ def learned_from(run: Path, sides: Collection[str]) -> Learned:
     identities = _rows(folder / IDENTITIES)
     if _key() not in {row["named_by"] for row in identities}:
         return Learned(frozenset(), "it was made under another site key (MEDVIT_SITE_KEY)")
+    path = folder / CONFIG
+    config = load_config(path if path.is_file() else None)
+    before = _before(config.model.weights, asked)
+    if asked == TAUGHT and config.objective.pretrains:
+        return before
     cases = _rows(folder / CASES)
     folds = len({row["fold"] for row in cases} - {""}) > 1
-    chosen = {row["case_id"] for row in cases if folds or row["split"] in sides}
+    chosen = {row["case_id"] for row in cases if folds or row["split"] in SIDES[asked]}
     names = frozenset(row["named_by"] for row in identities if row["case_id"] in chosen)
-    before = _before(folder, sides)
     return Learned(names | before.names, before.unknown)
 
 
@@ -89,12 +92,10 @@ def run_of(weights: str) -> Path | None:
     return folder if folder.is_dir() else None
 
 
-def _before(folder: Path, sides: Collection[str]) -> Learned:
-    """Of the run whose weights this one began with."""
-    config = folder / CONFIG
-    weights = load_config(config).model.weights if config.is_file() else "none"
+def _before(weights: str, asked: str) -> Learned:
+    """Of the run whose weights another began with."""
     if run := run_of(weights):
-        return learned_from(run, sides)
+        return learned_from(run, asked)
     if weights in ("hub", "none") or Path(weights).is_file():
         return Learned(frozenset())
     return Learned(frozenset(), "the run or file whose weights it began with is gone")

@@ -22,7 +22,6 @@ from medvit.cli.console import Display, Parser, command, tables
 from medvit.cli.learned import TAUGHT, run_of, shared
 from medvit.cli.study import add_label_arguments, prepare, set_aside, show_study
 from medvit.config import Config, DataConfig, load_config
-from medvit.models.bundle_info import read_info
 from medvit.records import EXIT_DONE, EXIT_QUARANTINE, Case, GateError, ReasonCode, UsageError
 
 SCRATCH = "none"
@@ -114,7 +113,7 @@ def refuse_taught(candidates: Sequence[evaluation.Candidate], cases: Sequence[Ca
         seen, unknown = shared(run, cases, TAUGHT)
         if unknown:
             display.say(f"  whether {run} has learned from these patients is not known: {unknown}")
-        if seen and read_info(run)[0].classes:
+        if seen:
             raise GateError(
                 f"{ReasonCode.LEAKAGE}: {run} has learned the labels of {len(seen)} of {patients} patients, and "
                 "would come first for it. Rank it by others."

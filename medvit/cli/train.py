@@ -24,11 +24,10 @@ import medvit
 from medvit import data, evaluation, training
 from medvit.cli.console import Display, Parser, command
 from medvit.cli.evaluate import show_report
-from medvit.cli.learned import TAUGHT, run_of, shared, write_identities
+from medvit.cli.learned import MET, TAUGHT, run_of, shared, write_identities
 from medvit.cli.looking import look_into, refused_row
 from medvit.cli.study import Study, add_label_arguments, prepare, set_aside, show_study
 from medvit.config import GRIDS, Config, load_config, shipped_configs
-from medvit.models.bundle_info import read_info
 from medvit.records import EXIT_DONE, EXIT_QUARANTINE, Case, GateError, ReasonCode, UsageError
 from medvit.training import processes
 
@@ -248,14 +247,14 @@ def check_weights(weights: str, study: Study, folds: Sequence[data.Fold], displa
     patients = len({case.patient_id for case in judging})
     if unknown:
         display.say(f"  whether {run} has learned from these patients is not known: {unknown}")
-    if seen and read_info(run)[0].classes:
+    if seen:
         raise GateError(
             f"{ReasonCode.LEAKAGE}: {len(seen)} of {patients} patients who choose or judge here have taught "
             f"model.weights={weights} their labels: figures would be worth nothing. Start from other weights, or keep "
             "those patients out by a split column."
         )
-    if seen:
-        display.say(f"  {len(seen)} of {patients} patients who judge were in the pretraining, without labels")
+    if met := shared(run, judging, MET).patients:
+        display.say(f"  {len(met)} of {patients} patients who judge were in the pretraining, without labels")
 
 
 def prepare_output(output: Path, config: Config, cache_dir: Path, *, resume: bool, sweep: bool = False) -> None:

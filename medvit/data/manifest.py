@@ -125,10 +125,11 @@ def build_manifest(
     units, not_selected = _units(inventory, key)
     if not units:
         raise UsageError(f"{inventory.root}: no usable CT found. Run medvit-inspect on it to see what was set aside.")
-    matched = _match(table, key, keyed_by, units, labels)
-    found, there, roots = {unit.key(key) for unit in units}, _there(inventory, key), _roots(labels, units)
-    meant = {line: set(key_values(row[keyed_by], key, roots)) for line, row in table.items()}
-    aside = tuple(line for line, names in meant.items() if names & there and not names & found)
+    roots = sorted({labels.parent.absolute(), *(unit.series.root.absolute() for unit in units)})
+    meant = {line: key_values(row[keyed_by], key, roots) for line, row in table.items()}
+    matched = _match(table, meant, key, units, labels)
+    found, there = {unit.key(key) for unit in units}, _there(inventory, key)
+    aside = tuple(line for line, names in meant.items() if not there.isdisjoint(names) and found.isdisjoint(names))
     if not matched:
         example = next(iter(table.values()))[keyed_by]
         told = f" {len(aside)} of them mean scans that were set aside: medvit-inspect says why." if aside else ""
@@ -158,7 +159,7 @@ def build_manifest(
         classes=class_order((case.label for case in cases), label_column),
         label_column=label_column,
         key=key,
-        unmatched_rows=tuple(line for line, names in meant.items() if not names & there),
+        unmatched_rows=tuple(line for line, names in meant.items() if there.isdisjoint(names)),
         set_aside_rows=aside,
         without_row=len(without) - len(targets),
         without_patient=sum(not unit.series.header.patient_id for unit in nameless),
@@ -231,13 +232,14 @@ def _there(inventory: Inventory, key: str) -> set[str]:
     return {getattr(entry, key) for entry in inventory.files}
 
 
-def _match(table: Table, key: str, keyed_by: str, units: Iterable[_Unit], labels: Path) -> list[tuple[int, _Unit]]:
+def _match(
+    table: Table, meant: Mapping[int, Sequence[str]], key: str, units: Iterable[_Unit], labels: Path
+) -> list[tuple[int, _Unit]]:
     """(line, unit) for each unit with a row. Several rows of one key must be the same row again."""
     lines: dict[str, int] = {}
-    roots = _roots(labels, units)
-    for line, row in table.items():
-        for name in key_values(row[keyed_by], key, roots):
-            if name in lines and row != table[lines[name]]:
+    for line, names in meant.items():
+        for name in names:
+            if name in lines and table[line] != table[lines[name]]:
                 finer = FINER.get(key)
                 instead = f", or, where each means another scan, key the table by {finer}" if finer else ""
                 raise UsageError(
@@ -246,10 +248,6 @@ def _match(table: Table, key: str, keyed_by: str, units: Iterable[_Unit], labels
                 )
             lines.setdefault(name, line)
     return [(lines[unit.key(key)], unit) for unit in units if unit.key(key) in lines]
-
-
-def _roots(labels: Path, units: Iterable[_Unit]) -> list[Path]:
-    return sorted({labels.parent.absolute(), *(unit.series.root.absolute() for unit in units)})
 
 
 def _check_further_keys(

@@ -5,7 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from medvit.cli.learned import KNOWN, TAUGHT, Shared, shared, write_identities
+from medvit.cli.learned import KNOWN, MET, TAUGHT, Shared, shared, write_identities
+from medvit.config import load_config
 from medvit.records import Case
 
 
@@ -18,7 +19,7 @@ CASES = [case_of(number) for number in range(12)]
 SIDES = ["train"] * 6 + ["val"] * 3 + ["test"] * 3
 
 
-def run_of(folder, cases=CASES, sides=SIDES, folds=(0,), weights="none"):
+def run_of(folder, cases=CASES, sides=SIDES, folds=(0,), weights="none", config=None):
     """What medvit-train leaves behind of who was where."""
     folder.mkdir()
     with (folder / "cases.csv").open("w", newline="") as stream:
@@ -29,7 +30,7 @@ def run_of(folder, cases=CASES, sides=SIDES, folds=(0,), weights="none"):
             for i, (c, s) in enumerate(zip(cases, sides, strict=True))
         )
     write_identities(folder, cases)
-    (folder / "config.yaml").write_text(f"model: {{weights: '{weights}'}}\n")
+    (folder / "config.yaml").write_text(load_config(config, [f"model.weights={weights}"]).to_yaml())
     return folder
 
 
@@ -70,6 +71,18 @@ def test_who_taught_an_earlier_run_taught_this_one(tmp_path):
     found = shared(third, CASES, TAUGHT)
     assert len(found.patients) == 6
     assert "gone" in found.unknown
+
+
+def test_pretraining_teaches_nobody_s_label_but_what_came_before_it_may(tmp_path):
+    """Pretrained on the whole folder, trained, and trained on from there: who judges each time stays the same."""
+    backbone = run_of(tmp_path / "backbone", sides=["train"] * 12, config="pretrain_simclr")
+    second = run_of(tmp_path / "second", weights=backbone)
+    assert shared(backbone, CASES, TAUGHT) == Shared(frozenset())
+    assert shared(second, CASES, TAUGHT).patients == {f"p{n}" for n in range(6)}
+    assert len(shared(second, CASES, MET).patients) == 12
+    first = run_of(tmp_path / "first")
+    between = run_of(tmp_path / "between", [], [], weights=first, config="pretrain_simclr")
+    assert len(shared(run_of(tmp_path / "last", [], [], weights=between), CASES, TAUGHT).patients) == 6
 
 
 def test_what_cannot_be_told_is_said(tmp_path, monkeypatch):
